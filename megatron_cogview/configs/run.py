@@ -1,0 +1,142 @@
+"""RunConfig: everything a run depends on, with the checks that span several parts."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_cogview.configs.data import DataConfig
+from megatron_cogview.configs.errors import ConfigError, refuse
+from megatron_cogview.configs.generation import GenerationConfig
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, TokenizerTrainingConfig
+from megatron_cogview.configs.model import ModelConfig
+from megatron_cogview.configs.optimizer import OptimizerConfig
+from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.configs.precision import PrecisionConfig
+from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.configs.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The whole of a run; every task takes the parts it needs."""
+
+    preset: str
+    """Name of the preset it started from."""
+    model: ModelConfig
+    """The GPT."""
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    """Template of a training sequence."""
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    """Shape of the image tokenizer."""
+    tokenizer_training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+    """Training of the image tokenizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over processes."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam and schedule."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Token shards."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Training loop."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Sampling."""
+
+    def __post_init__(self) -> None:
+        if self.sequence.model_length > self.model.max_positions:
+            raise refuse(
+                "sequence.length",
+                self.sequence.length,
+                f"gives {self.sequence.model_length} inputs, more than model.max_positions = "
+                f"{self.model.max_positions}",
+            )
+        if self.image_tokenizer.num_codes != self.model.vocab.num_image_codes:
+            raise refuse(
+                "image_tokenizer.num_codes",
+                self.image_tokenizer.num_codes,
+                f"must equal model.vocab.num_image_codes = {self.model.vocab.num_image_codes}",
+            )
+        if self.image_tokenizer.codes_per_side != self.sequence.codes_per_side[-1]:
+            raise refuse(
+                "sequence.codes_per_side",
+                self.sequence.codes_per_side,
+                f"the last grid must be the image tokenizer's, "
+                f"{self.image_tokenizer.codes_per_side} codes a side",
+            )
+
+    def check_layout(self, world_size: int) -> None:
+        """Refuse a parallel layout that this model cannot be split into.
+
+        Raises:
+            ConfigError: naming field, value and reason.
+        """
+        p, m = self.parallel, self.model
+        data = p.data(world_size)
+        for what, value in (
+            ("model.num_heads", m.num_heads),
+            ("model.hidden_size", m.hidden_size),
+            ("model.vocab.padded_size", m.vocab.padded_size),
+        ):
+            if value % p.tensor:
+                raise refuse("parallel.tensor", p.tensor, f"does not divide {what} = {value}")
+        chunks = p.pipeline * p.virtual_pipeline
+        if m.num_layers % chunks:
+            raise refuse(
+                "parallel.pipeline * parallel.virtual_pipeline",
+                chunks,
+                f"does not divide model.num_layers = {m.num_layers}",
+            )
+        if p.sequence and self.sequence.model_length % p.tensor:
+            raise refuse(
+                "parallel.sequence",
+                True,
+                f"parallel.tensor = {p.tensor} does not divide the model length "
+                f"{self.sequence.model_length}",
+            )
+        micro_batches = self.training.num_micro_batches(data)
+        if p.virtual_pipeline > 1 and micro_batches % p.pipeline:
+            raise refuse(
+                "parallel.virtual_pipeline",
+                p.virtual_pipeline,
+                f"the interleaved schedule needs micro-batches per step ({micro_batches}) to be a "
+                f"multiple of parallel.pipeline = {p.pipeline}",
+            )
+
+    def to_json(self) -> str:
+        """All values, readable and in a fixed order."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """The inverse of :meth:`to_json`; unknown or missing names are errors."""
+        value = json.loads(text)
+        config = _build(cls, value, "")
+        assert isinstance(config, cls)
+        return config
+
+    def save(self, path: Path) -> None:
+        """Write the resolved configuration."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Rebuild nested dataclasses and tuples from JSON values."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where or 'configuration'}: expected an object, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ConfigError(f"{where or 'configuration'}: unknown fields {sorted(unknown)}")
+        prefix = f"{where}." if where else ""
+        return kind(**{k: _build(hints[k], v, prefix + k) for k, v in value.items()})  # type: ignore[operator]
+    if typing.get_origin(kind) is tuple:
+        return tuple(value)
+    if isinstance(kind, types.UnionType) or value is None:
+        return value
+    return value

@@ -1,0 +1,72 @@
+"""The training loop: batches, loss weights, checkpoints, logs."""
+
+from dataclasses import dataclass
+
+from megatron_cogview.configs.errors import refuse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Loop settings of ``pretrain``."""
+
+    output: str = "runs/pretrain"
+    """Run folder: ``checkpoints/``, ``metrics.jsonl``, TensorBoard, ``config.json``."""
+    steps: int = 144_000
+    """Optimizer steps (P-OPT-1)."""
+    global_batch_size: int = 6144
+    """Sequences per step, over all processes."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass of one process."""
+    text_weight: float = 1.0
+    """Weight of each text label in the loss (P-LOSS-1: equal)."""
+    image_weight: float = 1.0
+    """Weight of each image label in the loss."""
+    seed: int = 1234
+    """Seeds initialisation and dropout."""
+    log_every: int = 10
+    """Steps between log lines."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    validate_every: int = 1000
+    """Steps between validation losses; 0 turns them off."""
+    validation_batches: int = 4
+    """Global batches per validation."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are removed."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "global_batch_size", "micro_batch_size", "log_every", "save_every")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise refuse(f"training.{name}", getattr(self, name), "must be at least 1")
+        if self.keep_checkpoints < 2:
+            raise refuse(
+                "training.keep_checkpoints",
+                self.keep_checkpoints,
+                "must be at least 2, or one damaged checkpoint loses the run",
+            )
+        if (
+            min(self.text_weight, self.image_weight) < 0
+            or self.text_weight + self.image_weight <= 0
+        ):
+            raise refuse(
+                "training.text_weight, training.image_weight",
+                (self.text_weight, self.image_weight),
+                "must not be negative, nor both 0",
+            )
+
+    def num_micro_batches(self, data_parallel: int) -> int:
+        """Micro-batches of one process per step.
+
+        Raises:
+            ConfigError: the global batch does not divide evenly.
+        """
+        per_pass = self.micro_batch_size * data_parallel
+        if self.global_batch_size % per_pass:
+            raise refuse(
+                "training.global_batch_size",
+                self.global_batch_size,
+                f"must be a multiple of training.micro_batch_size x data-parallel size = "
+                f"{self.micro_batch_size} x {data_parallel} = {per_pass}",
+            )
+        return self.global_batch_size // per_pass

@@ -1,0 +1,1 @@
+"""From image-text pairs to token shards, and from token shards to batches."""

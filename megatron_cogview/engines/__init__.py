@@ -1,0 +1,1 @@
+"""Engines: what owns the model, its gradients and its optimizer."""

@@ -1,0 +1,148 @@
+"""The Megatron engine: megatron-core's schedules, DDP, optimizer and sharded checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_cogview.checkpoint import sharded
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.batch import Batch
+from megatron_cogview.engines.base import StepResult, TrainState
+from megatron_cogview.engines.optimizer import build_optimizer, create_adam_state, set_lr
+from megatron_cogview.model.cogview import CogViewModel, build_model
+from megatron_cogview.model.loss import SUMS, Losses, loss_sums
+from megatron_cogview.model.precision import resolve_dtype
+from megatron_cogview.parallel.topology import Topology
+
+
+class MegatronEngine:
+    """Trains one CogView under any parallel layout.
+
+    The loss of a step is the weighted sum over the global batch divided by its sum of weights
+    (P-LOSS-1).  That divisor is known before the first forward pass, because an engine receives
+    all micro-batches of a step at once; so the result depends on neither ranks nor micro-batches,
+    for any weights.
+
+    Args:
+        config: the run; its layout has been checked against the world.
+        topology: process groups.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.dtype = resolve_dtype(config.precision)
+        self.chunks: list[CogViewModel] = build_model(config)
+        self.settings = self.chunks[0].config
+        self.model = [self._wrap(chunk) for chunk in self.chunks]
+        for chunk in self.model:
+            chunk.broadcast_params()
+        self.optimizer = build_optimizer(config, self.model, self.dtype)
+        self.settings.grad_scale_func = self.optimizer.scale_loss
+        self.settings.finalize_model_grads_func = finalize_model_grads
+
+    def _wrap(self, chunk: CogViewModel) -> DistributedDataParallel:
+        module: torch.nn.Module = chunk.to(self.topology.device)
+        if self.dtype != torch.float32:
+            module = Float16Module(self.settings, module)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+        )
+        return DistributedDataParallel(self.settings, settings, module)
+
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """See :class:`~megatron_cogview.engines.base.Engine`."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(micro_batches, forward_only=False)
+        set_lr(self.optimizer, lr)
+        updated, grad_norm, _ = self.optimizer.step()
+        return StepResult(
+            losses=losses,
+            updated=bool(updated),
+            grad_norm=float("nan") if grad_norm is None else float(grad_norm),
+            loss_scale=float(self.optimizer.get_loss_scale().item()),
+        )
+
+    def eval_step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """See :class:`~megatron_cogview.engines.base.Engine`."""
+        for chunk in self.model:
+            chunk.eval()
+        losses = self._run(micro_batches, forward_only=True)
+        return StepResult(losses=losses, updated=False, grad_norm=float("nan"), loss_scale=1.0)
+
+    def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> Losses:
+        """All micro-batches through the pipeline schedule; the losses are the global batch's."""
+        batches = [batch.to(self.topology.device) for batch in micro_batches]
+        total_weight = sum(
+            (batch.loss_weights_BS.double().sum() for batch in batches),
+            start=torch.zeros((), dtype=torch.float64, device=self.topology.device),
+        )
+        dist.all_reduce(total_weight, group=self.topology.data_group)
+        # The schedule divides each loss by the number of micro-batches, DDP by the data axis.
+        factor = len(batches) * self.topology.data_size / max(float(total_weight), 1e-30)
+        single = len(self.model) == 1
+        iterators = [iter(batches) for _ in self.model]
+        outputs: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+            forward_step_func=lambda iterator, model: self._forward(iterator, model, factor),
+            data_iterator=iterators[0] if single else iterators,
+            model=self.model[0] if single else self.model,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens_BS.shape[1],
+            micro_batch_size=batches[0].tokens_BS.shape[0],
+            forward_only=forward_only,
+        )
+        return self._reduce_losses(outputs)
+
+    def _forward(
+        self, iterator: Iterator[Batch], model: DistributedDataParallel, factor: float
+    ) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        output = model(batch.tokens_BS, batch.positions_BS, batch.pivot_key_B2, batch.labels_BS)
+
+        def loss_of(losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            weighted, sums = loss_sums(
+                losses_BS, batch.loss_weights_BS, batch.labels_BS, self.config.model.vocab
+            )
+            return weighted * factor, {"sums": sums}
+
+        return output, loss_of
+
+    def _reduce_losses(self, outputs: list[dict[str, torch.Tensor]]) -> Losses:
+        """Add up micro-batches and data ranks on the last stage, and tell all stages."""
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.topology.device)
+        if self.topology.is_last_stage:
+            for output in outputs:
+                sums += output["sums"]
+            dist.all_reduce(sums, group=self.topology.data_group)
+        if self.topology.pipeline_size > 1:
+            dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
+        return Losses.from_sums(sums)
+
+    def save(self, directory: Path, state: TrainState) -> None:
+        """See :class:`~megatron_cogview.engines.base.Engine`."""
+        sharded.save(
+            sharded.model_and_optimizer(self.chunks, self.optimizer, self.topology), directory
+        )
+
+    def load(self, directory: Path) -> None:
+        """See :class:`~megatron_cogview.engines.base.Engine`."""
+        create_adam_state(self.optimizer)
+        wanted = sharded.model_and_optimizer(
+            self.chunks, self.optimizer, self.topology, is_loading=True
+        )
+        found = sharded.load(wanted, directory)
+        sharded.load_model(self.chunks, found)
+        self.optimizer.load_state_dict(found["optimizer"])

@@ -1,0 +1,1 @@
+"""Nearest codebook entry without the full distance matrix."""

@@ -1,0 +1,1 @@
+"""Three-region sparse attention (appendix B of the paper, P-ATT-1..7)."""

@@ -1,0 +1,1 @@
+"""The CogView transformer on megatron-core, through its ModuleSpec slots."""

@@ -1,0 +1,133 @@
+"""CogView's attention in megatron-core's ``core_attention`` slot.
+
+Shapes: S queries, K keys, B batch, N heads of this rank, D head dim.
+"""
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_cogview.kernels.pb_relax_attention.reference import (
+    causal_mask,
+    fused_attention,
+    fused_is_safe,
+    pb_relax_attention,
+)
+from megatron_cogview.kernels.pivot_attention.reference import visible_keys
+from megatron_cogview.model.transformer_config import CogViewTransformerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class CogViewCoreAttention(MegatronModule):
+    """PB-relax attention, dense or three-region, in training and in cached decoding.
+
+    The mask is made here from the numbers of queries and keys: after its prefill megatron-core
+    calls with ``no_mask``, which is right for single tokens only.  The ``attention_mask`` slot
+    carries the pivot keys instead, because tensors in it survive recomputation and pipeline stages.
+    """
+
+    def __init__(
+        self,
+        config: CogViewTransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.cogview_attention is not None
+        self.attention = config.cogview_attention
+        self.layer_number = layer_number
+        self.sequence_length = config.sequence_length
+        self.dropout = config.attention_dropout
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: ``[S, B, N, D]``; the last S of the K tokens.
+            key, value: ``[K, B, N, D]``.
+            attention_mask: pivot keys, int64 ``[B, 2]`` (three-region attention only).
+            attn_mask_type: ignored, see the class.
+
+        Returns:
+            ``[S, B, N * D]``.
+        """
+        q_BNSD, k_BNKD, v_BNKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            out_BNSD = self._attend(q_BNSD, k_BNKD, v_BNKD, attention_mask, dropout)
+        out_SBND = out_BNSD.permute(2, 0, 1, 3).contiguous()
+        return out_SBND.view(*out_SBND.shape[:2], -1)
+
+    def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """Heads differ between tensor-parallel ranks, so their dropout must.
+
+        Under sequence parallelism the transformer block has forked the tracker already.
+        """
+        if dropout == 0.0 or self.sequence_parallel:
+            return contextlib.nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()
+
+    def _attend(
+        self,
+        q_BNSD: torch.Tensor,
+        k_BNKD: torch.Tensor,
+        v_BNKD: torch.Tensor,
+        pivot_key_B2: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        a = self.attention
+        num_queries, num_keys = q_BNSD.shape[-2], k_BNKD.shape[-2]
+        if a.kind == "dense":
+            safe = fused_is_safe(q_BNSD.dtype, q_BNSD.device, dropout)
+            if a.backend == "auto" and a.relax_max == "row" and safe:
+                return fused_attention(q_BNSD, k_BNKD, v_BNKD, dropout)
+            visible = causal_mask(num_queries, num_keys, q_BNSD.device)
+        else:
+            assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
+            visible = visible_keys(
+                pivot_key_B2,
+                num_queries,
+                num_keys,
+                max(num_keys, self.sequence_length),
+                window_block=a.window_block,
+                window_blocks=a.window_blocks,
+                num_pivots=a.num_pivots,
+                layer_number=self.layer_number,
+                seed=a.pivot_seed,
+            )
+        return pb_relax_attention(
+            q_BNSD, k_BNKD, v_BNKD, visible, a.relax_alpha, a.relax_max, dropout
+        )
+
+
+def log_attention_choice(config: CogViewTransformerConfig, dtype: torch.dtype) -> None:
+    """Say once which attention runs, and why it is allowed to."""
+    a = config.cogview_attention
+    assert a is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if a.kind == "pivot":
+        chosen = "three-region attention, reference path (dense mask)"
+    elif a.backend == "reference" or a.relax_max == "head":
+        chosen = f"PB-relax attention written out (alpha {a.relax_alpha}, max per {a.relax_max})"
+    elif fused_is_safe(dtype, device, config.attention_dropout):
+        chosen = "PyTorch's fused attention: its scores stay in fp32, so alpha is not needed"
+    else:
+        chosen = "PB-relax attention written out: no fused kernel with fp32 scores and dropout here"
+    logger.info("attention: %s", chosen)

@@ -1,0 +1,79 @@
+"""Our configuration as megatron-core's TransformerConfig."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_cogview.configs.model import AttentionConfig, NormConfig
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.model.precision import resolve_dtype
+
+gelu_tanh: Callable[[torch.Tensor], torch.Tensor] = partial(F.gelu, approximate="tanh")
+"""The released model's GELU; megatron-core's default is the erf form."""
+
+
+@dataclass
+class CogViewTransformerConfig(TransformerConfig):
+    """TransformerConfig with what CogView's own modules need to know."""
+
+    cogview_norm: NormConfig | None = None
+    cogview_attention: AttentionConfig | None = None
+    embedding_gradient_scale: float = 1.0
+    sequence_length: int = 0
+    """Tokens of a whole training sequence; pivots are drawn among them."""
+
+
+def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
+    """Translate a run's configuration.
+
+    Fused element-wise paths of megatron-core stay off: they need a GPU, and its fused GELU and
+    dropout-add do not pass through the slots that hold CogView's norms.
+    """
+    model, parallel = config.model, config.parallel
+    with_cuda = torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline > 1
+    dtype = resolve_dtype(config.precision)
+    settings: dict[str, Any] = {}
+    if parallel.recompute:
+        settings.update(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    return CogViewTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=4 * model.hidden_size,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        layernorm_epsilon=model.norm.epsilon,
+        init_method_std=model.init_std,
+        activation_func=gelu_tanh,
+        add_bias_linear=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not with_cuda,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Over gloo the interleaved schedule is right only with these three values.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved,
+        cogview_norm=model.norm,
+        cogview_attention=model.attention,
+        embedding_gradient_scale=model.embedding_gradient_scale,
+        sequence_length=config.sequence.model_length,
+        **settings,
+    )

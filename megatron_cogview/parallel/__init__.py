@@ -1,0 +1,1 @@
+"""Process groups: a thin layer over ``megatron.core.parallel_state``, and its CPU backend."""

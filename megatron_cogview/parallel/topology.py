@@ -1,0 +1,139 @@
+"""Process groups as a value: who holds which part of the model, and of the batch.
+
+This is the one place that initialises ``torch.distributed`` and ``megatron.core.parallel_state``.
+New code takes the :class:`Topology` and never asks megatron-core's globals.
+"""
+
+import contextlib
+import datetime
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.parallel import cpu_backend, launch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Groups, ranks and sizes of this process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    tensor_rank: int
+    tensor_size: int
+    pipeline_group: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    data_group: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    last_stage_rank: int
+    """Global rank of the last pipeline stage of this process's pipeline: it knows the loss."""
+
+    @property
+    def is_main(self) -> bool:
+        """The process that writes logs and metadata."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def init_world(timeout_s: float = 1800.0) -> launch.Launch:
+    """Join the world of processes: nccl with CUDA, gloo without.  Safe to call again."""
+    place = launch.detect()
+    if dist.is_initialized():
+        return place
+    with_cuda = torch.cuda.is_available()
+    if with_cuda:
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    init_method = place.init_method
+    if not init_method:
+        # One process meets only itself: a store in a private folder needs no port.
+        init_method = f"file://{Path(tempfile.mkdtemp(prefix='cogview-')) / 'store'}"
+    dist.init_process_group(
+        "nccl" if with_cuda else "gloo",
+        init_method=init_method,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return place
+
+
+def initialize(parallel: ParallelConfig) -> Topology:
+    """Build the process groups of ``parallel`` in the world that was started.
+
+    Raises:
+        ConfigError: the world does not hold a whole number of model copies.
+    """
+    cpu_backend.install()
+    init_world()
+    parallel.data(dist.get_world_size())
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    parallel_state.initialize_model_parallel(
+        parallel.tensor, parallel.pipeline, virtual, create_gloo_process_groups=True
+    )
+    return _current()
+
+
+def _current() -> Topology:
+    """Read megatron-core's globals once, into a value."""
+    from megatron.core import parallel_state as state
+
+    with_cuda = torch.cuda.is_available()
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if with_cuda
+        else torch.device("cpu"),
+        tensor_group=state.get_tensor_model_parallel_group(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=state.get_tensor_model_parallel_world_size(),
+        pipeline_group=state.get_pipeline_model_parallel_group(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        data_group=state.get_data_parallel_group(with_context_parallel=True),
+        data_rank=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        last_stage_rank=state.get_pipeline_model_parallel_last_rank(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the world."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def running(parallel: ParallelConfig) -> Iterator[Topology]:
+    """:func:`initialize`, and :func:`shutdown` when the work ended without an error.
+
+    After an error the groups are left alone: destroying them would wait for ranks that may be
+    stuck in a collective, and hide the error behind a hang.
+    """
+    topology = initialize(parallel)
+    yield topology
+    shutdown()

@@ -1,0 +1,1 @@
+"""Wiring: one file per task, each joining the layers below for one command."""

@@ -1,0 +1,1 @@
+"""Shipped test support; nothing else in the package imports it."""

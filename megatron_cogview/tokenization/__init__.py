@@ -1,0 +1,1 @@
+"""Text and pictures to ids and back, and the sequences made of them."""
