@@ -109,7 +109,12 @@ class RunConfig:
 
     def to_json(self) -> str:
         """All values, readable and in a fixed order."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: what a reader of :meth:`to_json` gets back."""
+        value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return value
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":

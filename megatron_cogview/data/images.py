@@ -35,7 +35,7 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}")
             image.load()
-            return np.asarray(_square(_to_rgb(ImageOps.exif_transpose(image)), size))
+            return np.array(_square(_to_rgb(ImageOps.exif_transpose(image)), size))
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -46,7 +46,7 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
 
 def shrink(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """A square picture at a smaller side, for the low-resolution half of a pair (P-SR-2)."""
-    return np.asarray(_square(Image.fromarray(pixels), size))
+    return np.array(_square(Image.fromarray(pixels), size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

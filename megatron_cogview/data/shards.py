@@ -187,7 +187,7 @@ class ShardSet:
             path = self.folder / entry["name"]
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError, SyntaxError) as error:
+            except Exception as error:  # NumPy parses the header as Python; damage raises any type.
                 raise DataError(f"{path}: damaged header ({type(error).__name__})") from None
             if mapped.dtype != self.dtype or mapped.shape != (entry["records"],):
                 raise DataError(f"{path}: header does not match the manifest; the file is damaged")

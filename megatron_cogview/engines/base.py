@@ -44,7 +44,7 @@ class Engine(Protocol):
     def eval_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Losses without gradients or dropout."""
 
-    def save(self, directory: Path, state: TrainState) -> None:
+    def save(self, directory: Path) -> None:
         """Write model and optimizer into an empty directory.  All ranks call it together."""
 
     def load(self, directory: Path) -> None:

@@ -12,16 +12,15 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 
 from megatron_cogview.checkpoint import sharded
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.batch import Batch
-from megatron_cogview.engines.base import StepResult, TrainState
+from megatron_cogview.engines.base import StepResult
 from megatron_cogview.engines.optimizer import build_optimizer, create_adam_state, set_lr
 from megatron_cogview.model.cogview import CogViewModel, build_model
 from megatron_cogview.model.loss import SUMS, Losses, loss_sums
-from megatron_cogview.model.precision import resolve_dtype
+from megatron_cogview.model.precision import in_precision, resolve_dtype
 from megatron_cogview.parallel.topology import Topology
 
 
@@ -51,9 +50,7 @@ class MegatronEngine:
         self.settings.finalize_model_grads_func = finalize_model_grads
 
     def _wrap(self, chunk: CogViewModel) -> DistributedDataParallel:
-        module: torch.nn.Module = chunk.to(self.topology.device)
-        if self.dtype != torch.float32:
-            module = Float16Module(self.settings, module)
+        module = in_precision(self.settings, chunk.to(self.topology.device), self.dtype)
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.config.parallel.distributed_optimizer,
@@ -131,7 +128,7 @@ class MegatronEngine:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
         return Losses.from_sums(sums)
 
-    def save(self, directory: Path, state: TrainState) -> None:
+    def save(self, directory: Path) -> None:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
         sharded.save(
             sharded.model_and_optimizer(self.chunks, self.optimizer, self.topology), directory

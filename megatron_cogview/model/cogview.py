@@ -93,7 +93,8 @@ class CogViewModel(LanguageModule):
 
         Returns:
             Losses ``[B, S]``; without labels logits ``[B, S, padded vocabulary]`` gathered over
-            the tensor axis; on an earlier pipeline stage hidden states ``[S, B, H]``.
+            the tensor axis, of the last token only when there is a cache; on an earlier pipeline
+            stage hidden states ``[S, B, H]``.
         """
         hidden_SBH = self.embedding(tokens_BS, positions_BS) if self.pre_process else None
         hidden_SBH = self.decoder(
@@ -103,6 +104,8 @@ class CogViewModel(LanguageModule):
         )
         if not self.post_process:
             return hidden_SBH
+        if inference_context is not None:
+            hidden_SBH = hidden_SBH[-1:]
         logits_SBV, _ = self.output_layer(
             hidden_SBH, weight=self.shared_embedding_or_output_weight()
         )

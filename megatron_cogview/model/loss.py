@@ -56,8 +56,11 @@ def loss_sums(
     losses_BS = losses_BS.float()
     weighted = (losses_BS * weights_BS).sum()
     plain_BS = losses_BS.detach().double()
-    is_image_BS = labels_BS < vocab.num_image_codes
-    is_text_BS = ~is_image_BS & (labels_BS != vocab.command_id("[PAD]"))
+    # Rows of weight 0 throughout fill up a last validation batch and count nowhere.
+    counted_B1 = (weights_BS > 0).any(-1, keepdim=True)
+    is_image_BS = (labels_BS < vocab.num_image_codes) & counted_B1
+    is_padding_BS = labels_BS == vocab.command_id("[PAD]")
+    is_text_BS = (labels_BS >= vocab.num_image_codes) & ~is_padding_BS & counted_B1
     rows = [(plain_BS * weights_BS).sum(), weights_BS.double().sum()]
     for mask_BS in (is_text_BS, is_image_BS):
         rows += [(plain_BS * mask_BS).sum(), mask_BS.sum().double()]

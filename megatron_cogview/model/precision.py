@@ -1,8 +1,13 @@
 """Which number format a run uses on this device."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from megatron_cogview.configs.precision import PrecisionConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -14,3 +19,15 @@ def resolve_dtype(precision: PrecisionConfig) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def in_precision(
+    settings: "TransformerConfig", model: torch.nn.Module, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The model in ``dtype``; half precision gets fp32 losses and logits at its end."""
+    if dtype == torch.float32:
+        return model
+    from megatron.core.transformer.module import Float16Module
+
+    wrapped: torch.nn.Module = Float16Module(settings, model)
+    return wrapped

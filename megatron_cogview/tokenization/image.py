@@ -18,7 +18,7 @@ from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.storage.atomic import write_bytes
 from megatron_cogview.storage.digest import sha256_file
-from megatron_cogview.tokenization.vqvae import VQVAE, to_float, to_uint8
+from megatron_cogview.tokenization.vqvae import VQVAE, to_float, to_uint8, use_channels_last
 
 METADATA_KEY = "megatron_cogview.image_tokenizer"
 """The one metadata entry: ``{"config": {...}, "pixels": "..."}``.
@@ -91,7 +91,7 @@ class VQVAETokenizer:
             )
         if images_NHWC.shape[0] == 0:
             return torch.empty((0, grid, grid), dtype=torch.int64)
-        passes = images_NHWC.split(_PICTURES_PER_PASS)
+        passes = torch.split(images_NHWC, _PICTURES_PER_PASS)
         return torch.cat([self._model.encode(to_float(p.to(self._device))).cpu() for p in passes])
 
     def decode(self, codes_NHW: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class VQVAETokenizer:
                 f"codes to decode: values {low}..{high} are outside the codebook, 0..{codes - 1}; "
                 "pass image codes without the vocabulary's offset"
             )
-        passes = codes_NHW.split(_PICTURES_PER_PASS)
+        passes = torch.split(codes_NHW, _PICTURES_PER_PASS)
         pictures = [to_uint8(self._model.decode(p.to(self._device))).cpu() for p in passes]
         return torch.cat(pictures)
 
@@ -167,7 +167,7 @@ def load_image_tokenizer(path: Path, device: str = "cpu") -> ImageTokenizer:
         model = VQVAE(config)
     _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
-    model.to(device=device, memory_format=torch.channels_last)
+    use_channels_last(model.to(device))
     return VQVAETokenizer(model, config, sha256_file(path))
 
 
@@ -184,7 +184,7 @@ def _config_in(path: Path, metadata: dict[str, str]) -> ImageTokenizerConfig:
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise DataError(f"{path}: its configuration cannot be used ({error})") from None
     if pixels != PIXEL_SCALING:
-        raise DataError(f"{path}: pixel scaling {pixels!r} is not supported, only {PIXEL_SCALING!r}")
+        raise DataError(f"{path}: pixel scaling {pixels!r} is not {PIXEL_SCALING!r}")
     return config
 
 

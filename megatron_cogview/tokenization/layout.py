@@ -231,7 +231,7 @@ class SequenceLayout:
 
     def _length(self, segment: Segment) -> int:
         if isinstance(segment, Image):
-            return int(np.square(self.sequence.codes_per_side[segment.index]))
+            return self.sequence.codes_per_side[segment.index] ** 2
         return 1
 
     def _global(
@@ -242,9 +242,9 @@ class SequenceLayout:
         assert isinstance(segment, Command)
         return np.full((n, 1), self.vocab.command_id(segment.token))
 
-    def _check_lengths(self, text_NT: NDArray[np.integer], length_N: NDArray[np.int64]) -> int:
+    def _check_lengths(self, text_NT: NDArray[np.generic], length_N: NDArray[np.int64]) -> int:
         """Text slots to look at, at most the budget."""
-        slots = min(text_NT.shape[1], self.sequence.text_budget)
+        slots = min(int(text_NT.shape[1]), self.sequence.text_budget)
         longest = int(length_N.max(initial=0))
         if longest > slots or int(length_N.min(initial=0)) < 0:
             raise DataError(

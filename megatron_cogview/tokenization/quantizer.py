@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
     codes_BHW: Tensor
     """int64 indices in [0, K)."""
     loss: Tensor
-    """Scalar, mean over all elements: the quantiser's part of the training loss, not yet weighted."""
+    """Scalar, mean over all elements: the quantiser's part of the loss, not yet weighted."""
 
 
 class Quantizer(Protocol):
@@ -96,9 +96,9 @@ class MovingAverageQuantizer(nn.Module):
 
     def quantize(self, latents_BDHW: Tensor) -> Quantized:
         """Nearest codes, straight-through output and commitment loss."""
-        batch, width, height, side = latents_BDHW.shape
+        batch, _, height, width = latents_BDHW.shape
         codes_N = nearest_code(flatten_latents(latents_BDHW.detach()), self.embed.t())
-        codes_BHW = codes_N.view(batch, height, side)
+        codes_BHW = codes_N.view(batch, height, width)
         chosen_BDHW = self.lookup(codes_BHW).to(latents_BDHW.dtype)
         loss = functional.mse_loss(latents_BDHW, chosen_BDHW)
         return Quantized(latents_BDHW + (chosen_BDHW - latents_BDHW).detach(), codes_BHW, loss)

@@ -74,9 +74,10 @@ class TextTokenizer:
         """:meth:`encode` of each caption, in order."""
         texts = [normalise(caption) for caption in captions]
         try:
-            batch: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
+            "".join(texts).encode("utf-8")
         except UnicodeEncodeError:
             raise DataError("a caption is not valid Unicode (half a surrogate pair)") from None
+        batch: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
         for ids in batch:
             # The model may be the user's own; the promise is ours.
             if not self._forbidden.isdisjoint(ids):

@@ -91,8 +91,7 @@ class VQVAE(nn.Module):
             seed=seed,
         )
         self.dec = Decoder(*sizes)
-        # On a CPU the convolutions take about 3/4 of the time in this layout.
-        self.to(memory_format=torch.channels_last)
+        use_channels_last(self)
 
     def forward(self, pictures_BCSS: Tensor) -> VQVAEOutput:
         """Reconstruct pictures; the codebook does not change."""
@@ -147,6 +146,13 @@ class VQVAE(nn.Module):
         with torch.autocast(device, enabled=False), exact:
             latents: Tensor = self.enc_b(pictures_BCSS.float())
         return latents
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Lay out the convolutions' weights so that a CPU needs about 3/4 of the time."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def to_float(pictures_BSSC: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def parity(arguments: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     from megatron_cogview.engines.megatron import MegatronEngine
-    from megatron_cogview.parallel.seeding import seed_everything
+    from megatron_cogview.parallel.seeding import seed_initialization
     from megatron_cogview.parallel.topology import initialize
     from megatron_cogview.testing import fixtures
 
@@ -124,7 +124,7 @@ def parity(arguments: dict[str, Any]) -> dict[str, Any]:
         topology = initialize(parallel)
         config = run_config(layout["model"], parallel, layout["micro_batch"])
         config.check_layout(topology.world_size)
-        seed_everything(1, topology)
+        seed_initialization(1, topology)
         engine = MegatronEngine(config, topology)
         fixtures.load_weights(
             engine, load_file(Path(arguments["folder"]) / f"{layout['model']}.safetensors")

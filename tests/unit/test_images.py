@@ -124,7 +124,7 @@ def test_bombs_are_refused_before_decoding(monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_truncated_and_foreign_files(kind):
     data = encoded(Image.fromarray(noise(32, 32, 3)), kind)
-    for length in (0, 1, 10, len(data) // 3, len(data) - 20):
+    for length in (0, 1, 10, len(data) // 3, len(data) - 60):
         with pytest.raises(DataError) as caught:
             images.decode(data[:length], 8)
         # The message goes into a log that must not differ between runs.

@@ -163,7 +163,7 @@ def test_missing_caption_key_is_one_error_that_lists_the_keys(tmp_path):
         WebDatasetTars(tmp_path).check()
     WebDatasetTars(tmp_path, "text_en").check()
     (tmp_path / "t.tar").write_bytes(b"not a tar" * 100)
-    with pytest.raises(DataError, match="no readable .json"):
+    with pytest.raises(DataError, match=r"no readable \.json"):
         WebDatasetTars(tmp_path).check()
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,7 +65,8 @@ def test_kill_in_the_middle_leaves_the_old_file_and_removable_rubbish(tmp_path):
         "with replacing(Path(sys.argv[1])) as f:\n"
         "    f.write(b'x' * 100000); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, cwd=root)
     assert done.returncode == -9
     assert path.read_bytes() == b"old"
     rubbish = [p for p in tmp_path.iterdir() if p != path]

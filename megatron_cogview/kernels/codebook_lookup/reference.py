@@ -57,7 +57,7 @@ def nearest_code_with_margin(
         squares_N = vectors_ND.square().sum(1)
         bound_N = _score_error(squares_N, norms_K.max(), codebook_KD.shape[1])
         doubtful_R = torch.nonzero(second_N - best_N <= 2 * bound_N).squeeze(1)
-        for rows_R in doubtful_R.split(_DOUBTFUL_ROWS_PER_BLOCK):
+        for rows_R in torch.split(doubtful_R, _DOUBTFUL_ROWS_PER_BLOCK):
             limit_R = best_N[rows_R] + 2 * bound_N[rows_R]
             indices_N[rows_R] = _decide_in_fp64(vectors_ND[rows_R], codebook_KD, norms_K, limit_R)
     distance_N = (best_N + squares_N).clamp_(min=0.0)
@@ -145,7 +145,9 @@ def _decide_in_fp64(
         [
             _distance_in_fp64(vectors_RD[r], codebook_KD[c])
             for r, c in zip(
-                rows_P.split(_PAIRS_PER_BLOCK), codes_P.split(_PAIRS_PER_BLOCK), strict=True
+                torch.split(rows_P, _PAIRS_PER_BLOCK),
+                torch.split(codes_P, _PAIRS_PER_BLOCK),
+                strict=True,
             )
         ]
     )

@@ -1,0 +1,59 @@
+"""Whether a checkpoint belongs to this model and these tokenizers."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_cogview.configs.errors import CheckpointError
+from megatron_cogview.configs.run import RunConfig
+
+FREE = (
+    "model.attention.backend",
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "sequence.text_policy",
+)
+"""Fields that may differ: they change neither the shape of the weights nor what they mean."""
+
+
+def check_belongs(
+    directory: Path,
+    state: Mapping[str, Any],
+    config: RunConfig,
+    fingerprints: Mapping[str, str],
+) -> None:
+    """Refuse a checkpoint of another model, another sequence or other tokenizers.
+
+    Args:
+        directory: the checkpoint, for the message.
+        state: what its manifest keeps: ``run`` and ``fingerprints``.
+        config: the run that wants to load it.
+        fingerprints: SHA-256 of the tokenizers in use, by ``text`` and ``image``.
+
+    Raises:
+        CheckpointError: naming the first difference with both values.
+    """
+    ours = config.to_dict()
+    for part in ("model", "sequence"):
+        for path, mine, theirs in _differences(part, ours[part], state["run"][part]):
+            if path not in FREE:
+                raise CheckpointError(
+                    f"{directory}: {path} is {theirs!r} in the checkpoint and {mine!r} here; "
+                    f"pass --{path.replace('_', '-')} {theirs}, or name another folder"
+                )
+    for kind, mine in fingerprints.items():
+        theirs = state["fingerprints"].get(kind)
+        if theirs != mine:
+            raise CheckpointError(
+                f"{directory}: the model was trained with the {kind} tokenizer {theirs}, and "
+                f"this is {mine}; use the tokenizer its data was made with"
+            )
+
+
+def _differences(path: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves in which two JSON values differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(set(mine) | set(theirs)):
+            yield from _differences(f"{path}.{key}", mine.get(key), theirs.get(key))
+    elif mine != theirs:
+        yield path, mine, theirs

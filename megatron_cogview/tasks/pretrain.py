@@ -1,0 +1,50 @@
+"""``pretrain``: wire shards, engine and trainer together."""
+
+import logging
+from pathlib import Path
+
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.loader import build_loader
+from megatron_cogview.parallel import topology
+from megatron_cogview.parallel.seeding import seed_initialization
+from megatron_cogview.storage.atomic import write_text
+from megatron_cogview.tokenization.layout import SequenceLayout
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> None:
+    """Train, from the run folder's newest checkpoint if it has one.
+
+    Raises:
+        ConfigError: an impossible layout.
+        DataError: missing or damaged shards.
+        CheckpointError: the run folder belongs to another model.
+    """
+    with topology.running(config.parallel) as groups:
+        config.check_layout(groups.world_size)
+        layout = SequenceLayout(config.sequence, config.model.vocab)
+        loader = build_loader(
+            layout, config.training, config.data, groups.data_rank, groups.data_size
+        )
+        # megatron-core may be imported only now that the CPU backend is in place.
+        from megatron_cogview.engines.megatron import MegatronEngine
+        from megatron_cogview.training.trainer import Trainer
+
+        seed_initialization(config.training.seed, groups)
+        engine = MegatronEngine(config, groups)
+        if groups.is_main:
+            folder = Path(config.training.output)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.json", config.to_json())
+            logger.info(
+                "%s: %d parameters, tensor %d x pipeline %d x data %d",
+                config.preset,
+                config.model.num_params(),
+                groups.tensor_size,
+                groups.pipeline_size,
+                groups.data_size,
+            )
+        tokenizers = loader.dataset.shards.manifest["tokenizers"]
+        fingerprints = {kind: tokenizers[kind]["fingerprint"] for kind in ("text", "image")}
+        Trainer(config, groups, engine, loader, fingerprints).run()
