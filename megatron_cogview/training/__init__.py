@@ -1,0 +1,1 @@
+"""Training loops: batches, steps, checkpoints and logs.  Knows no command line."""

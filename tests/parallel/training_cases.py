@@ -1,0 +1,264 @@
+"""What the ranks of the training and generation tests run.  Results are JSON values."""
+
+import hashlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_cogview.configs.data import DataConfig
+from megatron_cogview.configs.errors import CheckpointError
+from megatron_cogview.configs.model import AttentionConfig
+from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.data.loader import TrainLoader, build_loader
+from megatron_cogview.data.shards import MANIFEST, record_dtype, shard_name, write_shard
+from megatron_cogview.storage.digest import write_json_with_digest
+from megatron_cogview.tokenization.layout import SequenceLayout
+from tests.parallel.cases import PIVOT, VOCAB, run_config, small_model
+
+NUM_RECORDS, STEPS, SIDE, BUDGET = 40, 6, 3, 9
+FINGERPRINTS = {"text": "t", "image": "i"}
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+def write_tokens(folder: Path) -> None:
+    """Shards of random records."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    records = np.zeros(NUM_RECORDS, dtype=record_dtype((SIDE,)))
+    records["image0"] = rng.integers(0, VOCAB.num_image_codes, (NUM_RECORDS, SIDE, SIDE))
+    records["text_length"] = rng.integers(1, BUDGET + 1, NUM_RECORDS)
+    for record in records:
+        length = int(record["text_length"])
+        record["text"][:length] = rng.integers(0, VOCAB.num_text_ids, length)
+    entry = write_shard(folder / shard_name(0), records)
+    manifest = {
+        "version": 1,
+        "records": NUM_RECORDS,
+        "layout": {"codes_per_side": [SIDE], "longest_text": BUDGET},
+        "tokenizers": {
+            "text": {"fingerprint": "t", "vocab_size": VOCAB.num_text_ids},
+            "image": {"fingerprint": "i", "num_codes": VOCAB.num_image_codes},
+        },
+        "shards": [entry],
+    }
+    write_json_with_digest(folder / MANIFEST, manifest)
+
+
+def training_config(
+    folder: str, output: str, parallel: ParallelConfig, attention: AttentionConfig | None = None
+) -> RunConfig:
+    """Six steps with dropout on, a checkpoint after every second."""
+    base = run_config("paper", parallel, 2)
+    return replace(
+        base,
+        model=small_model(
+            hidden_dropout=0.1, attention_dropout=0.1, attention=attention or AttentionConfig()
+        ),
+        sequence=SequenceConfig(length=25, text_budget=BUDGET, codes_per_side=(SIDE,)),
+        data=DataConfig(shards=f"{folder}/tokens", validation_fraction=0.1),
+        training=replace(
+            base.training,
+            output=f"{folder}/{output}",
+            steps=STEPS,
+            save_every=2,
+            log_every=1,
+            validate_every=3,
+        ),
+    )
+
+
+def build(config: RunConfig) -> tuple[Any, Any]:
+    """Engine and trainer, as ``tasks/pretrain.py`` wires them."""
+    from megatron_cogview.engines.megatron import MegatronEngine
+    from megatron_cogview.parallel.seeding import seed_initialization
+    from megatron_cogview.parallel.topology import initialize
+    from megatron_cogview.training.trainer import Trainer
+
+    groups = initialize(config.parallel)
+    config.check_layout(groups.world_size)
+    layout = SequenceLayout(config.sequence, config.model.vocab)
+    loader = build_loader(layout, config.training, config.data, groups.data_rank, groups.data_size)
+    seed_initialization(config.training.seed, groups)
+    engine = MegatronEngine(config, groups)
+    return engine, Trainer(config, groups, engine, loader, FINGERPRINTS)
+
+
+class DyingLoader(TrainLoader):
+    """Raises when the batches of one step are asked for."""
+
+    def __init__(self, inner: TrainLoader, last: int) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.last = last
+
+    def micro_batches(self, step: int) -> list[Any]:
+        if step == self.last:
+            raise Killed
+        return super().micro_batches(step)
+
+
+def digest(engine: Any) -> str:
+    """SHA-256 over this rank's weights, master weights and Adam moments, bit for bit."""
+    h = hashlib.sha256()
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            h.update(parameter.detach().numpy().tobytes())
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                h.update(parameter.detach().numpy().tobytes())
+                for name, value in sorted(part.optimizer.state[parameter].items()):
+                    h.update(name.encode() + value.detach().numpy().tobytes())
+    return h.hexdigest()
+
+
+def resume(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train through, and train again with a kill before step 5; compare bit for bit."""
+    results = {}
+    for name, settings in arguments["layouts"].items():
+        parallel = ParallelConfig(**settings)
+        config = training_config(arguments["folder"], f"{name}-whole", parallel)
+        engine, trainer = build(config)
+        trainer.run()
+        whole = digest(engine)
+        config = training_config(arguments["folder"], f"{name}-killed", parallel)
+        engine, trainer = build(config)
+        trainer.loader = DyingLoader(trainer.loader, 5)
+        try:
+            trainer.run()
+            raise AssertionError("the kill did not happen")
+        except Killed:
+            pass
+        engine, trainer = build(config)
+        fresh = digest(engine)
+        trainer.run()
+        results[name] = {"whole": whole, "resumed": digest(engine), "fresh": fresh}
+    return results
+
+
+def damaged(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A damaged newest checkpoint is passed over; foreign ones are refused; none is no error."""
+    from megatron_cogview.checkpoint import commit
+    from megatron_cogview.checkpoint.identity import check_belongs
+
+    folder = arguments["folder"]
+    config = training_config(folder, "tp2_sp-whole", ParallelConfig(tensor=2, sequence=True))
+    root = Path(config.training.output) / "checkpoints"
+    engine, trainer = build(config)
+    names = sorted(p.name for p in root.iterdir())
+    if trainer.topology.is_main:
+        victim = sorted((root / names[-1]).glob("*.distcp"))[0]
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    torch.distributed.barrier()
+    logging.getLogger("megatron_cogview").setLevel(logging.ERROR)
+    directory, manifest = commit.newest_valid(root)
+    refusals = {}
+    for what, changed, prints in (
+        ("layers", replace(config, model=replace(config.model, num_layers=3)), FINGERPRINTS),
+        ("tokenizer", config, {"text": "other", "image": "i"}),
+    ):
+        try:
+            check_belongs(directory, manifest["state"], changed, prints)
+        except CheckpointError as error:
+            refusals[what] = str(error)
+    trainer.run()
+    absent = commit.newest_valid(Path(folder) / "nowhere")
+    return {
+        "names": names,
+        "found": directory.name,
+        "refusals": refusals,
+        "again": digest(engine),
+        "absent": absent,
+    }
+
+
+def reshard(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Weights of one checkpoint loaded under several layouts, gathered; and validation losses."""
+    from megatron_cogview.checkpoint import commit
+    from megatron_cogview.testing import fixtures
+
+    results = {}
+    for name, settings in arguments["layouts"].items():
+        config = training_config(
+            arguments["folder"], f"{arguments['source']}-killed", ParallelConfig(**settings)
+        )
+        engine, trainer = build(config)
+        directory, _ = commit.newest_valid(Path(config.training.output) / "checkpoints")
+        engine.load(directory)
+        whole = fixtures.weights(engine)
+        h = hashlib.sha256()
+        for key in sorted(whole):
+            h.update(key.encode() + whole[key].numpy().tobytes())
+        losses = engine.eval_step(trainer.loader.validation(0)).losses
+        results[name] = {"weights": h.hexdigest(), "loss": losses.total}
+    return results
+
+
+def generate(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Codes of a few captions; on one rank also against decoding without a cache."""
+    from megatron_cogview.generation.text_to_image import generate_codes
+    from megatron_cogview.parallel.topology import initialize
+
+    results: dict[str, Any] = {}
+    texts = [[1, 2, 3], [4], [5, 6, 7], [8, 9], [10, 11, 12], [13]]
+    groups = initialize(ParallelConfig(tensor=arguments["tensor"]))
+    for kind, attention in (("dense", AttentionConfig()), ("pivot", PIVOT)):
+        config = training_config(
+            arguments["folder"], "none", ParallelConfig(tensor=arguments["tensor"]), attention
+        )
+        config = replace(config, generation=replace(config.generation, batch_size=2, top_k=20))
+        model = _model(config, groups)
+        codes = generate_codes(model, config, groups, texts)
+        results[kind] = codes.tolist()
+        if arguments["tensor"] == 1:
+            larger = replace(config, generation=replace(config.generation, batch_size=64))
+            results[f"{kind}_batch_64"] = generate_codes(model, larger, groups, texts).tolist()
+            results[f"{kind}_uncached"] = _without_cache(model, config, texts)
+    return results
+
+
+def _model(config: RunConfig, groups: Any) -> torch.nn.Module:
+    from megatron_cogview.model.cogview import build_model
+    from megatron_cogview.parallel.seeding import seed_initialization
+
+    seed_initialization(3, groups)
+    model = build_model(config)[0].eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5.0)  # far from uniform, so that a wrong cache shows
+    return model
+
+
+def _without_cache(
+    model: torch.nn.Module, config: RunConfig, texts: list[list[int]]
+) -> list[list[list[int]]]:
+    """The whole prefix through the model for every id, one sample at a time."""
+    from megatron_cogview.generation.sampling import draw, uniforms
+
+    layout = SequenceLayout(config.sequence, config.model.vocab)
+    settings, pictures = config.generation, []
+    for number, text in enumerate(texts):
+        prompt, count = layout.prompt(text)
+        ids = torch.from_numpy(prompt)[None]
+        key = torch.tensor([[number, len(prompt)]])
+        for step in range(count):
+            positions = torch.from_numpy(np.asarray(layout.positions(ids.numpy())))
+            with torch.inference_mode():
+                logits = model(ids, positions, pivot_key_B2=key)[:, -1]
+            u = torch.from_numpy(uniforms(settings.seed, np.array([number]), step))
+            allowed = logits[:, : VOCAB.num_image_codes]
+            chosen = draw(allowed, u, settings.temperature, settings.top_k)
+            ids = torch.cat([ids, chosen[:, None]], 1)
+        pictures.append(ids[0, len(prompt) :].view(SIDE, SIDE).tolist())
+    return pictures
