@@ -25,33 +25,33 @@ def tiny() -> RunConfig:
         preset="tiny",
         model=ModelConfig(
             num_layers=4,
-            hidden_size=192,
+            hidden_size=128,
             num_heads=4,
-            max_positions=96,
+            max_positions=88,
             # 512 codes + 485 pieces + 27 commands fill one padding unit exactly.
             vocab=VocabConfig(num_image_codes=512, num_text_ids=485),
             hidden_dropout=0.0,
             attention_dropout=0.0,
         ),
-        sequence=SequenceConfig(length=97, text_budget=29, codes_per_side=(8,)),
+        sequence=SequenceConfig(length=89, text_budget=21, codes_per_side=(8,)),
         image_tokenizer=ImageTokenizerConfig(
             image_size=64,
-            hidden_size=96,
+            hidden_size=64,
             code_dim=64,
             num_codes=512,
             codebook_init="data",
             revive_dead_codes=True,
         ),
         tokenizer_training=TokenizerTrainingConfig(
-            steps=1500, batch_size=32, lr=1e-3, warmup_steps=50
+            steps=700, batch_size=32, lr=1e-3, warmup_steps=50
         ),
         parallel=ParallelConfig(tensor=2),
         optimizer=OptimizerConfig(lr=2e-3),
         training=TrainingConfig(
-            steps=1500,
-            global_batch_size=32,
-            micro_batch_size=32,
-            save_every=100,
+            steps=3000,
+            global_batch_size=16,
+            micro_batch_size=16,
+            save_every=250,
             validate_every=250,
         ),
         generation=GenerationConfig(top_k=0),

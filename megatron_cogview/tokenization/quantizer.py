@@ -22,9 +22,12 @@ LAPLACE_EPSILON = 1e-5
 # Below this count the smoothing would pull a code nobody uses towards zero, so it stays put.
 _SMALLEST_COUNT = 100 * LAPLACE_EPSILON
 # Shares of the mean use per code: below the first a code is dead; it comes back with the second.
-_DEAD_SHARE = 0.02
-_REVIVED_SHARE = 0.2
+_DEAD_SHARE = 0.1
+_REVIVED_SHARE = 0.3
 _JITTER = 1e-3
+# The decay rises as (1 + step) / (10 + step) to its set value, or the codes would lag behind an
+# encoder that changes fast in its first hundred steps.
+_DECAY_DELAY = 10
 
 
 class Quantized(NamedTuple):
@@ -121,7 +124,7 @@ class MovingAverageQuantizer(nn.Module):
         Args:
             latents_ND: this process's encoder outputs.
             codes_N: their codes.
-            step: keys the draw of replacements for dead codes.
+            step: 0 for the first; the decay starts low, and draws for dead codes are keyed by it.
             group: processes that hold the rest of the batch; None if this one holds it all.
         """
         code_dim, num_codes = self.embed.shape
@@ -133,8 +136,9 @@ class MovingAverageQuantizer(nn.Module):
         if group is not None:
             dist.all_reduce(sums_KE, group=group)
         counts_K = sums_KE[:, -1]
-        self.cluster_size.copy_(_blend(self.cluster_size, counts_K, self.decay))
-        self.embed_avg.copy_(_blend(self.embed_avg, sums_KE[:, :-1].t(), self.decay))
+        decay = min(self.decay, (1 + step) / (_DECAY_DELAY + step))
+        self.cluster_size.copy_(_blend(self.cluster_size, counts_K, decay))
+        self.embed_avg.copy_(_blend(self.embed_avg, sums_KE[:, :-1].t(), decay))
         self._set_codes_to_means()
         if self.revive_dead_codes:
             self._revive(latents_ND, counts_K.sum(), step, group)

@@ -148,8 +148,8 @@ class _Run:
         if main:
             self._finish(seconds_before + time.monotonic() - began)
 
-    def _batch(self, step: int) -> Tensor:
-        """This process's part of a step, fp32 ``[B, 3, S, S]``."""
+    def _batch(self, step: int, part: tuple[int, int]) -> Tensor:
+        """Part (rank, number of processes) of a step's pictures, fp32 ``[B, 3, S, S]``."""
         training = self.training
         pixels = picture_stream.training_batch(
             self.pictures,
@@ -157,7 +157,7 @@ class _Run:
             batch_size=training.batch_size,
             seed=training.seed,
             flip=training.flip,
-            part=(self.world.rank, self.world.size),
+            part=part,
         )
         return to_float(torch.from_numpy(pixels).to(self.world.device))
 
@@ -166,11 +166,20 @@ class _Run:
         """Codebook from the encoder outputs of the first batches."""
         per_batch = self.training.batch_size * self.tokenizer.codes_per_side**2
         batches = math.ceil(_VECTORS_PER_CODE * self.tokenizer.num_codes / per_batch)
+        # Every process goes through whole batches, part by part: the draw is over positions, so the
+        # vectors must stand in the order that a single process has.
+        size = self.world.size
+        parts = [(rank, size) for rank in range(size)]
         vectors = [
-            flatten_latents(self.model.enc_b(self._batch(step)))
+            flatten_latents(self.model.enc_b(self._batch(step, part)))
             for step in range(min(batches, _MOST_START_BATCHES))
+            for part in parts
         ]
-        self.model.quantize_t.initialise_from(torch.cat(vectors), group=self.world.group)
+        quantizer = self.model.quantize_t
+        quantizer.initialise_from(torch.cat(vectors))
+        if self.world.group is not None:
+            for buffer in quantizer.buffers():
+                dist.broadcast(buffer, src=0, group=self.world.group)
 
     def _step(self, step: int) -> tuple[Tensor, float]:
         """One update; gives this process's share of [squared error, commitment] and the rate."""
@@ -178,7 +187,7 @@ class _Run:
         rate = learning_rate(_schedule(self.config), step, training.steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
-        pictures_BCSS = self._batch(step)
+        pictures_BCSS = self._batch(step, (self.world.rank, self.world.size))
         result = self.model(pictures_BCSS)
         share = len(pictures_BCSS) / training.batch_size
         error = functional.mse_loss(result.reconstruction_BCSS, pictures_BCSS) * share

@@ -108,8 +108,8 @@ def test_state_of_base_4b_in_bf16_is_18_bytes_a_parameter() -> None:
 def test_state_in_fp32_is_16_bytes_a_parameter() -> None:
     config = replace(tiny(), parallel=ParallelConfig(), precision=PrecisionConfig(dtype="fp32"))
     budget = rank_budget(config, 1)
-    assert (budget.weight_bytes, budget.gradient_bytes) == (4 * 1_997_952, 4 * 1_997_952)
-    assert budget.optimizer_bytes == 8 * 1_997_952
+    assert (budget.weight_bytes, budget.gradient_bytes) == (4 * 937_728, 4 * 937_728)
+    assert budget.optimizer_bytes == 8 * 937_728
 
 
 def test_distributed_optimizer_divides_the_state_by_the_data_axis() -> None:

@@ -36,14 +36,16 @@ def test_update_follows_the_formulas() -> None:
     """P-TOK-8 with decay and Laplace smoothing, recomputed code by code in fp64."""
     q = quantizer(decay=0.9)
     counts, sums = q.cluster_size.double().clone(), q.embed_avg.double().clone()
-    for step in range(3):
+    # The last step is beyond the rise of the decay.
+    for step in (0, 1, 200):
         latents = normal(ROWS, WIDTH, seed=step)
         codes = torch.randint(CODES - 4, (ROWS,), generator=torch.Generator().manual_seed(step))
         q.update(latents, codes, step=step)
+        decay = min(0.9, (1 + step) / (10 + step))
         for k in range(CODES):
             mine = latents[codes == k].double()
-            counts[k] = 0.9 * counts[k] + 0.1 * len(mine)
-            sums[:, k] = 0.9 * sums[:, k] + 0.1 * mine.sum(0)
+            counts[k] = decay * counts[k] + (1 - decay) * len(mine)
+            sums[:, k] = decay * sums[:, k] + (1 - decay) * mine.sum(0)
     total = counts.sum()
     smoothed = (counts + LAPLACE_EPSILON) / (total + CODES * LAPLACE_EPSILON) * total
     torch.testing.assert_close(q.cluster_size.double(), counts, rtol=1e-6, atol=1e-7)

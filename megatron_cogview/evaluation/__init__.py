@@ -1,0 +1,1 @@
+"""What a run achieved: reconstructions, numbers and a page.  Trains and generates nothing."""
