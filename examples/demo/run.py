@@ -47,7 +47,7 @@ SIZES = {
         tokenizer="--tokenizer-training.steps 20 --tokenizer-training.save-every 10 "
         "--tokenizer-training.log-every 5 --tokenizer-training.warmup-steps 2",
         pretrain="--training.steps 20 --training.save-every 10 --training.log-every 5 "
-        "--training.validate-every 10",
+        "--training.validate-every 20 --training.validation-batches 1",
     ),
 }
 

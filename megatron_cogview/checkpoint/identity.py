@@ -11,6 +11,7 @@ FREE = (
     "model.attention.backend",
     "model.attention_dropout",
     "model.hidden_dropout",
+    "model.init_std",
     "sequence.text_policy",
 )
 """Fields that may differ: they change neither the shape of the weights nor what they mean."""

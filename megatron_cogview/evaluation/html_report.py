@@ -16,7 +16,7 @@ from megatron_cogview.configs.errors import DataError
 from megatron_cogview.evaluation.loss_curves import draw
 from megatron_cogview.evaluation.report import JUDGED, RunFiles, series
 
-SHOWN = 36
+SHOWN = 32
 """Pictures of each group that are open at once; the others are folded away."""
 MOST_EMBEDDED = 600
 """Pictures of the page in all; it says so when there are more."""
@@ -41,7 +41,7 @@ h1{font-size:1.8rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.25rem;margin:4
 h3{font-size:1rem;margin:22px 0 8px}p{margin:6px 0 12px}.soft{color:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin-top:22px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.tile b{display:block;font-size:1.55rem;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile b{display:block;white-space:nowrap;font-size:1.4rem;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(108px,1fr));gap:10px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:6px}
@@ -170,7 +170,7 @@ def _verdict(run: RunFiles, sample: dict[str, Any], verdict: dict[str, Any]) -> 
     if verdict["right"]:
         return "✓ right"
     asked, read = run.prompts.get(sample["id"], {}), verdict.get("read") or {}
-    wrong = [f"{value}" for name, value in read.items() if asked.get(name) != value]
+    wrong = [f"{name} {value}" for name, value in read.items() if asked.get(name) != value]
     return "✗ " + html.escape(", ".join(wrong) or "unreadable")
 
 

@@ -51,7 +51,7 @@ def test_signatures_the_patches_rely_on() -> None:
 
     owner = distrib_optimizer.DistributedOptimizer
     build = inspect.unwrap(owner.__dict__["_build_model_and_main_param_groups"].__func__)
-    assert list(inspect.signature(build).parameters)[0] == "cls"
+    assert next(iter(inspect.signature(build).parameters)) == "cls"
     states = inspect.unwrap(owner._set_main_param_and_optimizer_states)
     assert list(inspect.signature(states).parameters) == ["self", "model_param", "tensors"]
     clip = inspect.unwrap(clip_grads.clip_grad_by_total_norm_fp32)

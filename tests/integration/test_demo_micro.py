@@ -1,0 +1,86 @@
+"""The whole demo at micro size: every command, the report's fields, resuming, wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 420
+"""Several times what two idle cores need."""
+STAGES = ("pairs", "text tokenizer", "image tokenizer", "tokens", "pretrain", "generate", "check")
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "examples/demo/run.py", "--size", "micro", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, "TQDM_MININTERVAL": "5"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = demo("--output", str(run))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return run
+
+
+def test_the_report_has_every_field(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    for split in ("seen", "held_out"):
+        shares = [report["accuracy"][split][n] for n in ("colour", "shape", "size", "position")]
+        assert all(0.0 <= share <= 1.0 for share in shares)
+        assert report["accuracy"][split]["all"] <= min(shares)
+        assert report["accuracy"][split]["count"] == 120
+    assert report["accuracy"]["renders"] >= 0.95
+    assert 0.0 <= report["accuracy"]["reconstructions"] <= 1.0
+    assert set(report["seconds"]) == {*STAGES, "total"}
+    assert report["seconds"]["total"] == pytest.approx(
+        sum(report["seconds"][stage] for stage in STAGES)
+    )
+    assert 10**8 < report["peak_rss_bytes"] < 4 * 10**9
+    for kind in ("text", "image"):
+        assert 0.0 < report["losses"][kind]["last"] < report["losses"][kind]["first"]
+    assert report["rejected"] == 0
+    assert report["counts"] == {
+        "pairs": 200,
+        "records": 200,
+        "training_steps": 20,
+        "generated": 240,
+    }
+    assert report["reconstruction_psnr"] > 5.0
+    assert report["versions"]["megatron-core"] == "0.16.1"
+
+
+def test_the_page_is_there_and_loads_nothing(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 241
+    assert page.count('src="data:image/') == 241
+    assert "<script" not in page
+
+
+def test_a_second_run_skips_every_stage(finished: Path) -> None:
+    before = (finished / "report.json").stat().st_mtime_ns
+    done = demo("--output", str(finished))
+    assert done.returncode == 0, done.stderr
+    for stage in (*STAGES, "report"):
+        assert f"== {stage}: nothing changed, skipped" in done.stdout
+    assert "$ " not in done.stdout
+    assert (finished / "report.json").stat().st_mtime_ns == before
+
+
+def test_a_missing_data_folder_is_one_error(tmp_path: Path) -> None:
+    done = demo("--output", str(tmp_path / "run"), "--data", str(tmp_path / "absent"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: --data {tmp_path / 'absent'}: no such folder, or no *.tar in it"
+    ]
+    assert not (tmp_path / "run").exists()

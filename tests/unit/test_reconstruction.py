@@ -1,0 +1,105 @@
+"""Reconstruction of a folder of tars: files, records and PSNR against a known error."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_cogview.configs.errors import ConfigError, DataError
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
+from megatron_cogview.evaluation.reconstruction import reconstruct
+
+SIDE = 16
+
+
+class Darkening:
+    """Keeps each picture as it is, minus a fixed amount: the error is known."""
+
+    config = ImageTokenizerConfig(image_size=SIDE, downsampling_layers=1)
+    fingerprint = "f" * 64
+
+    def __init__(self, amount: int) -> None:
+        self.amount = amount
+        self.batches: list[int] = []
+
+    def encode(self, images_NHWC: Tensor) -> Tensor:
+        self.batches.append(len(images_NHWC))
+        return images_NHWC
+
+    def decode(self, codes_NHW: Tensor) -> Tensor:
+        return (codes_NHW.int() - self.amount).to(torch.uint8)
+
+
+def write_tar(path: Path, pictures: dict[str, np.ndarray | bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, (name, picture) in enumerate(pictures.items()):
+            buffer = io.BytesIO()
+            if isinstance(picture, bytes):
+                buffer.write(picture)
+            else:
+                Image.fromarray(picture).save(buffer, "PNG")
+            text = json.dumps({"id": name, "caption": "c", "colour": "红"}).encode()
+            for extension, data in (("png", buffer.getvalue()), ("json", text)):
+                member = tarfile.TarInfo(f"{key:06d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def pictures(count: int, start: int = 0) -> dict[str, np.ndarray | bytes]:
+    rng = np.random.default_rng(start)
+    return {
+        f"p-{start + i}": rng.integers(50, 200, (SIDE, SIDE, 3), dtype=np.uint8)
+        for i in range(count)
+    }
+
+
+def test_pictures_records_and_psnr(tmp_path: Path) -> None:
+    given = pictures(70) | {"broken": b"no picture"}
+    write_tar(tmp_path / "a.tar", given)
+    write_tar(tmp_path / "b.tar", pictures(30, start=100))
+    tokenizer = Darkening(10)
+    summary = reconstruct(tmp_path, tokenizer, tmp_path / "out", limit=80)
+    # Mean squared error 100: 10 log10(255^2 / 100).
+    assert summary["psnr"] == pytest.approx(28.1308, abs=1e-3)
+    assert summary["pictures"] == sum(tokenizer.batches) == 80
+    assert summary["skipped"] == {"unusable image": 1}
+    lines = (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["id"] for r in records[:71]] == [*list(given)[:70], "p-100"]
+    assert records[0]["colour"] == "红"
+    with Image.open(tmp_path / "out" / "p-3.png") as image:
+        assert np.array_equal(np.asarray(image) + 10, given["p-3"])
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.size == (4 * (2 * 64 + 10), 4 * (64 + 14))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_an_exact_copy_has_a_finite_psnr(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", pictures(2))
+    assert reconstruct(tmp_path, Darkening(0), tmp_path / "out")["psnr"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden"])
+def test_ids_that_cannot_name_files_are_refused(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "a.tar", {name: pictures(1)["p-0"]})
+    with pytest.raises(DataError, match="cannot name a file"):
+        reconstruct(tmp_path, Darkening(0), tmp_path / "out")
+
+
+def test_repeated_ids_and_empty_input_are_refused(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, pictures(1))
+    with pytest.raises(DataError, match="occurs twice"):
+        reconstruct(tmp_path, Darkening(0), tmp_path / "out")
+    with pytest.raises(ConfigError, match="limit = 0"):
+        reconstruct(tmp_path, Darkening(0), tmp_path / "out", limit=0)
+    (tmp_path / "bad").mkdir()
+    write_tar(tmp_path / "bad" / "a.tar", {"x": b"no picture"})
+    with pytest.raises(DataError, match="no usable pair"):
+        reconstruct(tmp_path / "bad", Darkening(0), tmp_path / "out")
