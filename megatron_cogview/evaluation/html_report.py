@@ -39,7 +39,8 @@ font:16px/1.5 system-ui,-apple-system,"Segoe UI","Noto Sans","PingFang SC","Micr
 "Noto Sans CJK SC","Noto Sans SC",sans-serif}
 h1{font-size:1.8rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.25rem;margin:44px 0 10px}
 h3{font-size:1rem;margin:22px 0 8px}p{margin:6px 0 12px}.soft{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin-top:22px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;
+margin-top:22px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .tile b{display:block;white-space:nowrap;font-size:1.4rem;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}

@@ -139,7 +139,8 @@ PARENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import stages
+import processes, stages
+processes.GRACE_SECONDS = 0.5
 stage = stages.Stage("sleep", (stages.Command(("-c", sys.argv[3])),), (), ())
 stages.Runner(Path(sys.argv[2])).run(stage)
 """
@@ -155,6 +156,14 @@ def identities_in(stamp: Path, count: int) -> list[tuple[int, float]]:
                 return [(pid, started) for pid, started in found]
         time.sleep(0.1)
     raise AssertionError("the stage never started")
+
+
+def runs(pid: int) -> bool:
+    """Whether the process lives; one that ended and was never waited for does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -173,4 +182,4 @@ def test_no_process_outlives_a_stopped_demo(
     if number == signal.SIGKILL:
         # Nobody was left to end the grandchild, which refuses SIGTERM; the next run does.
         assert processes.end_leftovers(found)
-    assert not any(psutil.pid_exists(pid) for pid, _ in found)
+    assert not any(runs(pid) for pid, _ in found)

@@ -1,0 +1,81 @@
+"""Times and peak memory of single operations.  Knows nothing of what they compute."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Operation = Callable[[], object]
+_FLUSH_BYTES = 256 * 2**20
+
+
+def median_ms(
+    operations: Mapping[str, Operation], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of each operation over ``rounds`` interleaved runs.
+
+    One after the other in every round, so that a change of clocks meets all of them alike.  On
+    CUDA the time is between two events, and a large write before each run empties the L2 cache and
+    keeps the device busy while the host launches.  Two runs of each go before, unmeasured.
+    """
+    for operation in operations.values():
+        operation()
+        operation()
+    times: dict[str, list[float]] = {name: [] for name in operations}
+    measure = _cuda_round if device.type == "cuda" else _cpu_round
+    for _ in range(rounds):
+        for name, value in measure(operations, device).items():
+            times[name].append(value)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _cuda_round(operations: Mapping[str, Operation], device: torch.device) -> dict[str, float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    pairs = {}
+    for name, operation in operations.items():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        operation()
+        end.record()
+        pairs[name] = (start, end)
+    torch.cuda.synchronize(device)
+    return {name: float(start.elapsed_time(end)) for name, (start, end) in pairs.items()}
+
+
+def _cpu_round(operations: Mapping[str, Operation], device: torch.device) -> dict[str, float]:
+    result = {}
+    for name, operation in operations.items():
+        started = time.perf_counter()
+        operation()
+        result[name] = (time.perf_counter() - started) * 1e3
+    return result
+
+
+def extra_bytes(operation: Operation, device: torch.device) -> int | None:
+    """Peak device memory of one run above what was allocated before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    operation()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def gemm_tflops(side: int, device: torch.device, rounds: int) -> float:
+    """Rate of a square bf16 matrix product in 10^12 operations per second."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    times = median_ms({"gemm": lambda: torch.mm(a, b, out=out)}, device, rounds)
+    return 2 * side**3 / times["gemm"] / 1e9
+
+
+def copy_gb_per_s(num_bytes: int, device: torch.device, rounds: int) -> float:
+    """Rate of a device copy in 10^9 bytes per second, bytes read and written both counted."""
+    source = torch.ones(num_bytes // 2, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    times = median_ms({"copy": lambda: target.copy_(source)}, device, rounds)
+    return 2 * num_bytes / times["copy"] / 1e6
