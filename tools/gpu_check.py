@@ -1,6 +1,6 @@
 """Run one part of the GPU check and write its table.  ``tools/gpu_check.sh`` is the entry.
 
-    python tools/gpu_check.py --part kernels --output results
+python tools/gpu_check.py --part kernels --output results
 """
 
 import logging

@@ -42,7 +42,8 @@ h3{font-size:1rem;margin:22px 0 8px}p{margin:6px 0 12px}.soft{color:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;
 margin-top:22px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.tile b{display:block;white-space:nowrap;font-size:1.4rem;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile b{display:block;white-space:nowrap;font-size:1.4rem;line-height:1.25;
+font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(108px,1fr));gap:10px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:6px}

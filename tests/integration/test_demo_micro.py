@@ -53,7 +53,7 @@ def test_the_report_has_every_field(finished: Path) -> None:
     assert report["counts"] == {
         "pairs": 200,
         "records": 200,
-        "training_steps": 20,
+        "training_steps": 10,
         "generated": 240,
     }
     assert report["reconstruction_psnr"] > 5.0

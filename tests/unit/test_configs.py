@@ -204,9 +204,9 @@ REFUSALS: list[tuple[Callable[[], object], str, object]] = [
         98,
     ),
     (
-        lambda: replace(tiny(), image_tokenizer=replace(tiny().image_tokenizer, num_codes=256)),
+        lambda: replace(tiny(), image_tokenizer=replace(tiny().image_tokenizer, num_codes=512)),
         "image_tokenizer.num_codes",
-        256,
+        512,
     ),
     (
         lambda: replace(tiny(), sequence=replace(tiny().sequence, codes_per_side=(4,))),

@@ -17,7 +17,7 @@ def test_warm_up_then_cosine_to_the_floor():
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert max(rates) == rates[9] == 2.0
     assert rates[-1] == pytest.approx(0.5)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     half = 10 + 45 - 1
     assert rates[half] == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert learning_rate(config, 500, 100) == pytest.approx(0.5)

@@ -81,7 +81,7 @@ def config(data: Path, output: Path, **training: Any) -> RunConfig:
             downsampling_layers=1,
             hidden_size=8,
             code_dim=4,
-            num_codes=512,
+            num_codes=256,
             codebook_init="data",
             revive_dead_codes=True,
         ),
@@ -116,7 +116,7 @@ def test_run_leaves_everything_it_promises(finished: Path) -> None:
     assert summary["rejected"] == {"bad image": 1}
     assert summary["training_pictures"] + summary["validation_pictures"] == 39
     assert summary["pictures_judged"] == summary["validation_pictures"] > 0
-    assert 1 <= summary["perplexity"] <= summary["codes_used"] <= 512
+    assert 1 <= summary["perplexity"] <= summary["codes_used"] <= 256
     listing = json.loads((finished / "reconstructions.json").read_text())
     shown = Image.open(finished / "reconstructions.png")
     assert len(listing) == min(16, summary["pictures_judged"])

@@ -94,9 +94,7 @@ def kernel_rows(device: torch.device, sizes: Sizes) -> list[Row]:
                     run=partial(_layer_norm, rates, device, sizes, length, backward),
                 )
             )
-    rows.append(
-        Row(name="codebook lookup", estimate_s=30, run=partial(_codebook, device, sizes))
-    )
+    rows.append(Row(name="codebook lookup", estimate_s=30, run=partial(_codebook, device, sizes)))
     return rows
 
 
@@ -127,14 +125,14 @@ def _attention(
     device: torch.device, sizes: Sizes, length: int, backward: bool, remaining_s: float
 ) -> Figures:
     shape = (sizes.batch, sizes.heads, length, sizes.head_dim)
-    inputs = [
+    q, k, v = inputs = [
         torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=backward)
         for _ in range(3)
     ]
     visible = causal_mask(length, length, device)
     operations: dict[str, Operation] = {
-        "reference": lambda: pb_relax_attention(*inputs, visible, _ALPHA, "row"),
-        "fused": lambda: fused_attention(*inputs),
+        "reference": lambda: pb_relax_attention(q, k, v, visible, _ALPHA, "row"),
+        "fused": lambda: fused_attention(q, k, v),
     }
     if backward:
         operations = {name: _with_gradients(o, inputs) for name, o in operations.items()}

@@ -28,8 +28,8 @@ def write_random_shards(folder: Path, config: RunConfig, num_records: int, seed:
         shape = (num_records, side, side)
         records[f"image{i}"] = rng.integers(0, vocab.num_image_codes, shape)
     records["text_length"] = sequence.text_budget
-    shape = (num_records, sequence.text_budget)
-    records["text"][:, : sequence.text_budget] = rng.integers(0, vocab.num_text_ids, shape)
+    text_shape = (num_records, sequence.text_budget)
+    records["text"][:, : sequence.text_budget] = rng.integers(0, vocab.num_text_ids, text_shape)
     entry = write_shard(folder / shard_name(0), records)
     layout = {
         "codes_per_side": list(sequence.codes_per_side),

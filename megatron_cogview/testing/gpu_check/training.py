@@ -6,7 +6,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -159,9 +158,7 @@ def _timed_steps(
     loader = build_loader(layout, config.training, config.data)
     seed_initialization(config.training.seed, groups)
     engine = MegatronEngine(config, groups)
-    synchronize: Callable[[], None] = (
-        torch.cuda.synchronize if groups.device.type == "cuda" else lambda: None
-    )
+    synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else _nothing
     times: list[float] = []
     losses: list[float] = []
     total = case.warmup_steps + case.timed_steps
@@ -184,6 +181,10 @@ def _timed_steps(
             if len(times) == case.timed_steps or late:
                 return times, losses
     raise AssertionError("unreachable")
+
+
+def _nothing() -> None:
+    """A CPU has nothing to wait for."""
 
 
 def _figures(config: RunConfig, seconds: float, gemm: float | None) -> dict[str, float | int | str]:
