@@ -41,9 +41,8 @@ class PbRelaxLayerNorm(torch.nn.Module):
         self.rule = norm.relax_rule if is_final or norm.relax_scope == "all" else "none"
         self.sequence_parallel = config.sequence_parallel
         dtype = config.params_dtype
-        device = torch.device("cpu") if config.use_cpu_initialization else None
-        if device is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        # None is the default device: the CPU, or "meta" in a dry run.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=dtype, device=device))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
         for parameter in (self.weight, self.bias):
