@@ -13,7 +13,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
 
 ifdef DATA
 # A trailing slash would leave the name empty.
-DEMO_ARGS := --output runs/$(notdir $(patsubst %/,%,$(DATA))) --data $(DATA)
+DEMO_ARGS := --output "runs/data-$(notdir $(patsubst %/,%,$(DATA)))" --data "$(DATA)"
 else
 DEMO_ARGS := --output runs/demo
 endif
@@ -25,7 +25,7 @@ help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 	@echo
 	@echo '  make demo DATA=FOLDER   the same path on your own WebDataset tars'
-	@echo '  PYTHON=python3.12  VENV=.venv  PIP_ARGS="--index-url URL" may be set too'
+	@echo '  PYTHON=python3.12  VENV=.venv  PIP_ARGS="--extra-index-url URL" may be set too'
 
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

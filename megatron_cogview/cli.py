@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from megatron_cogview import __version__
-from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError
+from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_cogview.configs.presets import PRESETS, preset
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.tasks import registry
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(usage())
         return 0
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()
@@ -101,10 +101,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"preset: name one after {words[0]!r}: {', '.join(PRESETS)}")
         config, more = _arguments(words[0], base_config(words[1]), words[2:])
         registry.load(words[0])(config, **more)
-    except (ConfigError, DataError, CheckpointError) as error:
-        # Every rank meets the same wrong input; one message is enough.
+    except ConfigError as error:
+        # Every rank has the same configuration; one message is enough.
         if rank == 0:
             sys.stderr.write(f"error: {error}\n")
+        return 1
+    except (DataError, CheckpointError, TrainingError, OSError) as error:
+        # A file may be damaged or missing where one rank reads it, and nowhere else.
+        sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from stages import Command, Runner, Stage, StageError, shown
 
 from megatron_cogview.configs.errors import DataError
@@ -62,8 +63,14 @@ def command(*parts: str | Path, processes: int = 1) -> Command:
     return Command(tuple(words), processes)
 
 
+def training_processes() -> int:
+    """Two, unless there is one GPU: NCCL takes one process per device."""
+    return 1 if torch.cuda.device_count() == 1 else 2
+
+
 def plan(run: Path, data: Path | None, size: Size) -> list[Stage]:
     """The stages, in order, before the report."""
+    processes = training_processes()
     pairs = data or run / "pairs"
     prompts = run / "prompts.jsonl" if data else pairs / "prompts.jsonl"
     text, image, tokens = run / "text.model", run / "image_tokenizer", run / "tokens"
@@ -78,7 +85,7 @@ def plan(run: Path, data: Path | None, size: Size) -> list[Stage]:
     learn_images = command(
         *("-m megatron_cogview train-tokenizer tiny --tokenizer-training.data", pairs),
         *("--tokenizer-training.output", image, size.tokenizer),
-        processes=2,
+        processes=processes,
     )
     tokenise = command(
         *("tools/tokenize_dataset.py --data", pairs, "--text-tokenizer", text),
@@ -87,9 +94,10 @@ def plan(run: Path, data: Path | None, size: Size) -> list[Stage]:
         "--text-policy truncate" if data else "",
     )
     pretrain = command(
-        *("-m megatron_cogview pretrain tiny --data.shards", tokens),
+        f"-m megatron_cogview pretrain tiny --parallel.tensor {processes}",
+        *("--data.shards", tokens),
         *("--training.output", training, size.pretrain),
-        processes=2,
+        processes=processes,
     )
     generate = command(
         "-m megatron_cogview generate tiny --parallel.tensor 1",

@@ -1,8 +1,8 @@
 """Runs commands one after another, and skips what is done: the demo's only machinery.
 
 A stage is a few ordinary commands with the files they read and write.  It is skipped while its
-stamp (``RUN/.stages/NAME.json``: a hash over commands, contents of inputs and package version)
-holds and its outputs exist.  Knows nothing of what the commands do.
+stamp (``RUN/.stages/NAME.json``: a hash over commands, contents of inputs, the package's version
+and the preset's values) holds and its outputs exist.  Knows nothing of what the commands do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from processes import Child, end_leftovers, peak_of
 
 from megatron_cogview import __version__
+from megatron_cogview.configs.presets import tiny
 from megatron_cogview.storage.atomic import write_text
 from megatron_cogview.storage.digest import sha256_file
 
@@ -160,7 +161,7 @@ class Runner:
         if missing:
             raise StageError(f"stage {stage.name}: no {missing[0]}")
         digest = hashlib.sha256()
-        digest.update(f"{__version__}\n".encode())
+        digest.update(f"{__version__}\n{tiny().to_json()}\n".encode())
         for command in stage.commands:
             digest.update(f"{command.typed()}\n".encode())
         for path in stage.inputs:

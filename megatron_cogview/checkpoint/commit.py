@@ -107,7 +107,7 @@ def verify(directory: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointError: naming the file that is missing, foreign or damaged.
+        CheckpointError: naming the file that is missing or damaged.
     """
     try:
         manifest = read_json_with_digest(directory / MANIFEST)
@@ -115,9 +115,11 @@ def verify(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: manifest cannot be read: {error}") from error
     expected: dict[str, Any] = manifest["files"]
     actual = {str(p.relative_to(directory)): p for p in _files(directory)}
-    for name in sorted(set(expected) ^ set(actual)):
-        raise CheckpointError(f"{directory / name}: {'missing' if name in expected else 'foreign'}")
-    for name, path in actual.items():
+    # Files the manifest does not name, such as those a network file system leaves, do no harm.
+    for name in sorted(expected):
+        if name not in actual:
+            raise CheckpointError(f"{directory / name}: missing")
+        path = actual[name]
         if path.stat().st_size != expected[name]["bytes"]:
             raise CheckpointError(f"{path}: size differs from the manifest's")
         if sha256_file(path) != expected[name]["sha256"]:

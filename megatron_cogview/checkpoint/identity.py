@@ -1,6 +1,6 @@
 """Whether a checkpoint belongs to this model and these tokenizers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def check_belongs(
     state: Mapping[str, Any],
     config: RunConfig,
     fingerprints: Mapping[str, str],
+    continued: Sequence[str] = (),
 ) -> None:
     """Refuse a checkpoint of another model, another sequence or other tokenizers.
 
@@ -30,14 +31,17 @@ def check_belongs(
         state: what its manifest keeps: ``run`` and ``fingerprints``.
         config: the run that wants to load it.
         fingerprints: SHA-256 of the tokenizers in use, by ``text`` and ``image``.
+        continued: further fields that must not differ, as ``data.seed``.
 
     Raises:
         CheckpointError: naming the first difference with both values.
     """
     ours = config.to_dict()
-    for part in ("model", "sequence"):
+    parts = dict.fromkeys(["model", "sequence", *(path.split(".")[0] for path in continued)])
+    for part in parts:
         for path, mine, theirs in _differences(part, ours[part], state["run"][part]):
-            if path not in FREE:
+            matters = path not in FREE if part in ("model", "sequence") else path in continued
+            if matters:
                 raise CheckpointError(
                     f"{directory}: {path} is {theirs!r} in the checkpoint and {mine!r} here; "
                     f"pass --{path.replace('_', '-')} {theirs}, or name another folder"

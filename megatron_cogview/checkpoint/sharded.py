@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cogview.configs.errors import CheckpointError
@@ -50,7 +52,10 @@ def model_and_optimizer(
 
 def save(state: dict[str, Any], directory: Path) -> None:
     """Write ``state`` into an empty directory.  All ranks call it together."""
-    dist_checkpointing.save(state, str(directory))
+    # A writer is a process: on a CPU, where ranks share the memory, one for each rank is enough.
+    writers = 2 if torch.cuda.is_available() else 1
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=writers)
+    dist_checkpointing.save(state, str(directory), strategy)
 
 
 def load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:

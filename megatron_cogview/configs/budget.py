@@ -125,7 +125,7 @@ def _attention_bytes(config: RunConfig, tokens: int, w: int) -> int:
     """Kept beside q, k, v and the output: the scores, or a fused kernel's row sums."""
     m = config.model
     heads = m.num_heads // config.parallel.tensor
-    if m.attention.backend != "reference":
+    if not m.attention.is_written_out:
         return 4 * tokens * heads
     # The softmax; with dropout also its mask and its result.
     per_score = w + (w + 1 if m.attention_dropout else 0)

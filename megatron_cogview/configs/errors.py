@@ -1,4 +1,4 @@
-"""The three errors a user can cause.  Each message names the field, the value and the remedy."""
+"""The errors a user can mend.  Each message names the field, the value and the remedy."""
 
 
 class ConfigError(ValueError):
@@ -7,6 +7,10 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Input data that cannot be used: a missing file, a damaged shard, a foreign tokenizer."""
+
+
+class TrainingError(RuntimeError):
+    """Training that has gone wrong in a way that going on would only make worse."""
 
 
 class CheckpointError(RuntimeError):

@@ -10,7 +10,8 @@ class GenerationConfig:
     """Settings of ``generate``; they are written beside the pictures."""
 
     checkpoint: str = ""
-    """Folder of checkpoints of a training run (``RUN/checkpoints``)."""
+    """Folder of checkpoints of a training run (``RUN/checkpoints``).  Its index is a pickle of
+    torch's: load checkpoints you trust."""
     text_tokenizer: str = ""
     """SentencePiece ``.model`` file the model was trained with."""
     image_tokenizer: str = ""

@@ -42,6 +42,11 @@ class AttentionConfig:
     pivot_seed: int = 1234
     """Key of the stateless pivot sampler."""
 
+    @property
+    def is_written_out(self) -> bool:
+        """Whether scores are materialised always: no fused kernel computes these settings."""
+        return self.kind == "pivot" or self.backend == "reference" or self.relax_max == "head"
+
     def __post_init__(self) -> None:
         if self.relax_alpha < 1.0:
             raise refuse("model.attention.relax_alpha", self.relax_alpha, "must be at least 1")

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_cogview.configs.data import DataConfig
 from megatron_cogview.configs.errors import ConfigError, refuse
@@ -75,22 +74,9 @@ class RunConfig:
         Raises:
             ConfigError: naming field, value and reason.
         """
-        p, m = self.parallel, self.model
+        p = self.parallel
         data = p.data(world_size)
-        for what, value in (
-            ("model.num_heads", m.num_heads),
-            ("model.hidden_size", m.hidden_size),
-            ("model.vocab.padded_size", m.vocab.padded_size),
-        ):
-            if value % p.tensor:
-                raise refuse("parallel.tensor", p.tensor, f"does not divide {what} = {value}")
-        chunks = p.pipeline * p.virtual_pipeline
-        if m.num_layers % chunks:
-            raise refuse(
-                "parallel.pipeline * parallel.virtual_pipeline",
-                chunks,
-                f"does not divide model.num_layers = {m.num_layers}",
-            )
+        self.check_division()
         if p.sequence and self.sequence.model_length % p.tensor:
             raise refuse(
                 "parallel.sequence",
@@ -105,6 +91,28 @@ class RunConfig:
                 p.virtual_pipeline,
                 f"the interleaved schedule needs micro-batches per step ({micro_batches}) to be a "
                 f"multiple of parallel.pipeline = {p.pipeline}",
+            )
+
+    def check_division(self) -> None:
+        """Refuse a layout that does not divide heads, widths and layers evenly.
+
+        Raises:
+            ConfigError: naming field, value and reason.
+        """
+        p, m = self.parallel, self.model
+        for what, value in (
+            ("model.num_heads", m.num_heads),
+            ("model.hidden_size", m.hidden_size),
+            ("model.vocab.padded_size", m.vocab.padded_size),
+        ):
+            if value % p.tensor:
+                raise refuse("parallel.tensor", p.tensor, f"does not divide {what} = {value}")
+        chunks = p.pipeline * p.virtual_pipeline
+        if m.num_layers % chunks:
+            raise refuse(
+                "parallel.pipeline * parallel.virtual_pipeline",
+                chunks,
+                f"does not divide model.num_layers = {m.num_layers}",
             )
 
     def to_json(self) -> str:
@@ -138,10 +146,24 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         unknown = set(value) - set(hints)
         if unknown:
             raise ConfigError(f"{where or 'configuration'}: unknown fields {sorted(unknown)}")
+        needed = {f.name for f in dataclasses.fields(kind) if _is_required(f)}
+        if needed - set(value):
+            missing = sorted(needed - set(value))
+            raise ConfigError(f"{where or 'configuration'}: missing fields {missing}")
         prefix = f"{where}." if where else ""
         return kind(**{k: _build(hints[k], v, prefix + k) for k, v in value.items()})  # type: ignore[operator]
     if typing.get_origin(kind) is tuple:
         return tuple(value)
-    if isinstance(kind, types.UnionType) or value is None:
-        return value
+    accepted = (int, float) if kind is float else kind
+    if isinstance(kind, type) and (
+        not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
+    ):
+        raise ConfigError(f"{where} = {value!r}: must be of type {kind.__name__}")
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        raise ConfigError(f"{where} = {value!r}: must be one of {list(typing.get_args(kind))}")
     return value
+
+
+def _is_required(field_: "dataclasses.Field[Any]") -> bool:
+    missing = dataclasses.MISSING
+    return field_.default is missing and field_.default_factory is missing

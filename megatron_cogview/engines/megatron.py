@@ -17,7 +17,12 @@ from megatron_cogview.checkpoint import sharded
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.batch import Batch
 from megatron_cogview.engines.base import StepResult
-from megatron_cogview.engines.optimizer import build_optimizer, create_adam_state, set_lr
+from megatron_cogview.engines.optimizer import (
+    apply_settings,
+    build_optimizer,
+    create_adam_state,
+    set_lr,
+)
 from megatron_cogview.model.cogview import CogViewModel, build_model
 from megatron_cogview.model.loss import SUMS, Losses, loss_sums
 from megatron_cogview.model.precision import in_precision, resolve_dtype
@@ -143,3 +148,4 @@ class MegatronEngine:
         found = sharded.load(wanted, directory)
         sharded.load_model(self.chunks, found)
         self.optimizer.load_state_dict(found["optimizer"])
+        apply_settings(self.optimizer, self.config.optimizer)

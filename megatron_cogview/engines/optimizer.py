@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer as distributed
 
+from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.run import RunConfig
 
 
@@ -44,10 +45,17 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, list(model))
+    apply_settings(optimizer, o)
+    return optimizer
+
+
+def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerConfig) -> None:
+    """Put the configuration's numbers into every parameter group, also over a checkpoint's."""
     for group in optimizer.param_groups:
         # megatron-core leaves this product to its own scheduler; without it norms and biases decay.
-        group["weight_decay"] = o.weight_decay * group["wd_mult"]
-    return optimizer
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["betas"] = (settings.beta1, settings.beta2)
+        group["eps"] = settings.epsilon
 
 
 def set_lr(optimizer: MegatronOptimizer, lr: float) -> None:

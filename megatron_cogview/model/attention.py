@@ -96,7 +96,7 @@ class CogViewCoreAttention(MegatronModule):
         num_queries, num_keys = q_BNSD.shape[-2], k_BNKD.shape[-2]
         if a.kind == "dense":
             safe = fused_is_safe(q_BNSD.dtype, q_BNSD.device, dropout)
-            if a.backend == "auto" and a.relax_max == "row" and safe:
+            if safe and not a.is_written_out:
                 return fused_attention(q_BNSD, k_BNKD, v_BNKD, dropout)
             visible = causal_mask(num_queries, num_keys, q_BNSD.device)
         else:
@@ -124,7 +124,7 @@ def log_attention_choice(config: CogViewTransformerConfig, dtype: torch.dtype) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if a.kind == "pivot":
         chosen = "three-region attention, reference path (dense mask)"
-    elif a.backend == "reference" or a.relax_max == "head":
+    elif a.is_written_out:
         chosen = f"PB-relax attention written out (alpha {a.relax_alpha}, max per {a.relax_max})"
     elif fused_is_safe(dtype, device, config.attention_dropout):
         chosen = "PyTorch's fused attention: its scores stay in fp32, so alpha is not needed"

@@ -1,12 +1,12 @@
 """Run megatron-core 0.16.1 on a machine without CUDA.  With CUDA present nothing is done here.
 
 megatron-core spells ``torch.cuda`` and ``device="cuda"`` in its layers, schedules and optimizers.
-The patches are confined to it:
+The patches change what it sees, and as little else as possible:
 
 * every ``megatron.core`` module sees a proxy in place of ``torch`` whose CUDA calls mean the CPU;
 * its CUDA random-state tracker keeps CPU states instead;
-* ``Tensor.cuda()`` returns the tensor;
-* ``Tensor.type()`` answers ``torch.cuda.*`` only while three optimizer functions run.
+* ``Tensor.cuda()`` returns the tensor, for the whole process;
+* ``Tensor.type()`` answers ``torch.cuda.*``, but only while three optimizer functions run.
 
 :func:`install` must run before the program imports anything else of ``megatron.core``.  The
 contract test ``tests/parallel/test_cpu_backend.py`` watches every name that is patched here.
@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -152,12 +153,18 @@ def install() -> bool:
         True when the patches are in place, False when CUDA makes them unnecessary.
 
     Raises:
-        RuntimeError: megatron-core modules with compiled fusions were imported before.
+        RuntimeError: another release of megatron-core, or one that was imported too far already.
     """
     if torch.cuda.is_available():
         return False
     if any(isinstance(finder, _LateImports) for finder in sys.meta_path):
         return True
+    release = importlib.metadata.version("megatron-core")
+    if release != MEGATRON_VERSION:
+        raise RuntimeError(
+            f"megatron-core {release}: the CPU backend was written for {MEGATRON_VERSION}; install "
+            f"megatron-core=={MEGATRON_VERSION}"
+        )
     if "megatron.core.transformer" in sys.modules:
         raise RuntimeError(
             "cpu_backend.install() came too late: megatron.core.transformer is imported already, "

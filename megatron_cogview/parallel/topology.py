@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.parallel import cpu_backend, launch
 
@@ -52,13 +53,24 @@ class Topology:
 
 
 def init_world(timeout_s: float = 1800.0) -> launch.Launch:
-    """Join the world of processes: nccl with CUDA, gloo without.  Safe to call again."""
+    """Join the world of processes: nccl with CUDA, gloo without.  Safe to call again.
+
+    Raises:
+        ConfigError: more processes on this machine than GPUs.
+    """
     place = launch.detect()
     if dist.is_initialized():
         return place
     with_cuda = torch.cuda.is_available()
     if with_cuda:
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        devices = torch.cuda.device_count()
+        # Slurm may show each task one device only; torchrun shows every process all of them.
+        if place.init_method == "env://" and place.local_rank >= devices:
+            raise ConfigError(
+                f"local rank {place.local_rank}: this machine shows {devices} GPU(s); start one "
+                "process per GPU and set parallel.* to match"
+            )
+        torch.cuda.set_device(place.local_rank % devices)
     init_method = place.init_method
     if not init_method:
         # One process meets only itself: a store in a private folder needs no port.

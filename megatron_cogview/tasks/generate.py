@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError
+from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError, refuse
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.generation.pictures import png, sheet, write_pictures
 from megatron_cogview.generation.prompts import Prompt, read_prompts
@@ -39,11 +39,22 @@ def run(config: RunConfig) -> None:
             f"sequence.template = {config.sequence.template!r}: generate draws from captions, "
             "template 'text_to_image'"
         )
+    for name, most in (("pipeline", 1), ("sequence", False), ("virtual_pipeline", 1)):
+        if getattr(config.parallel, name) != most:
+            value = getattr(config.parallel, name)
+            raise refuse(f"parallel.{name}", value, "generation runs on the tensor axis alone")
     text_tokenizer = TextTokenizer(Path(settings.text_tokenizer))
     text_tokenizer.check_fits(config.model.vocab)
     prompts = read_prompts(Path(settings.prompts))
     texts = encode_prompts(prompts, text_tokenizer, config)
     with topology.running(config.parallel) as groups:
+        config.check_division()
+        if groups.data_size > 1:
+            raise refuse(
+                "parallel.tensor",
+                config.parallel.tensor,
+                f"{groups.world_size} processes were started; generation uses exactly this many",
+            )
         image_tokenizer = load_image_tokenizer(
             Path(settings.image_tokenizer), device=str(groups.device)
         )

@@ -1,5 +1,6 @@
 """``pretrain``: wire shards, engine and trainer together."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import build_loader
 from megatron_cogview.parallel import topology
 from megatron_cogview.parallel.seeding import seed_initialization
-from megatron_cogview.storage.atomic import write_text
+from megatron_cogview.storage.atomic import locked_directory
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,9 @@ def run(config: RunConfig) -> None:
 
     Raises:
         ConfigError: an impossible layout.
-        DataError: missing or damaged shards.
-        CheckpointError: the run folder belongs to another model.
+        DataError: missing or damaged shards, or another process trains in the same folder.
+        CheckpointError: the run folder belongs to another run.
+        TrainingError: a loss or gradient that is not finite.
     """
     with topology.running(config.parallel) as groups:
         config.check_layout(groups.world_size)
@@ -33,10 +35,11 @@ def run(config: RunConfig) -> None:
 
         seed_initialization(config.training.seed, groups)
         engine = MegatronEngine(config, groups)
-        if groups.is_main:
-            folder = Path(config.training.output)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.json", config.to_json())
+        folder = Path(config.training.output)
+        with contextlib.ExitStack() as held:
+            if groups.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked_directory(folder))
             logger.info(
                 "%s: %d parameters, tensor %d x pipeline %d x data %d",
                 config.preset,
@@ -45,6 +48,6 @@ def run(config: RunConfig) -> None:
                 groups.pipeline_size,
                 groups.data_size,
             )
-        tokenizers = loader.dataset.shards.manifest["tokenizers"]
-        fingerprints = {kind: tokenizers[kind]["fingerprint"] for kind in ("text", "image")}
-        Trainer(config, groups, engine, loader, fingerprints).run()
+            tokenizers = loader.dataset.shards.manifest["tokenizers"]
+            fingerprints = {kind: tokenizers[kind]["fingerprint"] for kind in ("text", "image")}
+            Trainer(config, groups, engine, loader, fingerprints).run()

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 POLL_SECONDS = 0.05
 
 
@@ -66,6 +69,10 @@ def _start(spec: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p),
     }
+    if torch.cuda.device_count() < world_size:
+        # Fewer devices than ranks: all on the CPU, or the product would find CUDA and the
+        # processes could not meet over it.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with (spec.parent / f"log-{rank}.txt").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_cogview.testing.distributed", str(spec)],
@@ -119,15 +126,12 @@ def main() -> None:
     spec = json.loads(path.read_text())
     faulthandler.dump_traceback_later(spec["timeout_s"] * 0.9, exit=True)
 
-    import torch
-    import torch.distributed as dist
-
     from megatron_cogview.parallel import cpu_backend
 
     cpu_backend.install()
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= world_size
+    with_cuda = torch.cuda.is_available()
     if with_cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(

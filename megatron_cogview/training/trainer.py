@@ -5,23 +5,34 @@ It owns time, and no tensors: an engine owns those.
 
 import dataclasses
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.identity import check_belongs
+from megatron_cogview.configs.errors import TrainingError
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import TrainLoader
 from megatron_cogview.engines.base import Engine, StepResult, TrainState
 from megatron_cogview.parallel.seeding import seed_step
 from megatron_cogview.parallel.topology import Topology
+from megatron_cogview.storage.atomic import write_text
 from megatron_cogview.training.metrics import MetricsLog
 from megatron_cogview.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+
+CONTINUED = (
+    "data.seed",
+    "data.validation_fraction",
+    "training.global_batch_size",
+    "training.seed",
+)
+"""Fields that must stay for a run to go on: they choose a step's records and its dropout."""
 
 
 @dataclass
@@ -56,9 +67,18 @@ class Trainer:
         self.folder = Path(config.training.output)
 
     def run(self) -> None:
-        """Train to the last step; every step depends on its number and the weights alone."""
+        """Train to the last step; every step depends on its number and the weights alone.
+
+        Raises:
+            CheckpointError: the folder's checkpoints belong to another run.
+            TrainingError: a loss or gradient that is not finite.
+        """
         training = self.config.training
         start = self._resume()
+        if self.topology.is_main:
+            # Only now is it known that the folder is this run's.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json", self.config.to_json())
         with MetricsLog(
             self.folder, start, training.steps, self.topology.is_main, "pretrain"
         ) as log:
@@ -82,7 +102,18 @@ class Trainer:
     def _step(self, step: int) -> StepResult:
         seed_step(self.config.training.seed, step, self.topology)
         lr = learning_rate(self.config.optimizer, step, self.config.training.steps)
-        return self.engine.train_step(self.loader.micro_batches(step), lr)
+        result = self.engine.train_step(self.loader.micro_batches(step), lr)
+        # fp16 refuses such a step by itself; elsewhere the weights are spoilt, and saving them
+        # would push the last good checkpoint out.
+        if result.updated and not (
+            math.isfinite(result.losses.total) and math.isfinite(result.grad_norm)
+        ):
+            raise TrainingError(
+                f"step {step + 1}: loss {result.losses.total}, gradient norm {result.grad_norm}; "
+                f"{self.folder / CHECKPOINTS} holds the state before it.  Lower optimizer.lr, or "
+                "set model.norm.relax_scope all"
+            )
+        return result
 
     def _numbers(self, step: int, result: StepResult, interval: _Interval) -> dict[str, float]:
         seconds = time.perf_counter() - interval.started
@@ -131,7 +162,7 @@ class Trainer:
         if found is None:
             return 0
         directory, manifest = found
-        check_belongs(directory, manifest["state"], self.config, self.fingerprints)
+        check_belongs(directory, manifest["state"], self.config, self.fingerprints, CONTINUED)
         self.engine.load(directory)
         step = int(manifest["step"])
         if self.topology.is_main:

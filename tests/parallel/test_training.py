@@ -71,6 +71,7 @@ def test_damaged_checkpoint_is_passed_over(resumed: list[dict[str, Any]], folder
         assert result["names"] == ["step_00000004", "step_00000006"]
         assert result["found"] == "step_00000004"
         assert "model.num_layers is 4 in the checkpoint and 3 here" in result["refusals"]["layers"]
+        assert "data.seed is 1234 in the checkpoint and 99 here" in result["refusals"]["seed"]
         assert "text tokenizer t, and this is other" in result["refusals"]["tokenizer"]
         assert result["again"] == resumed[rank]["tp2_sp"]["whole"]
         assert result["absent"] is None
@@ -95,3 +96,12 @@ def test_generation_is_the_same_for_any_layout_batch_and_cache(folder: Path) -> 
 def test_the_records_are_enough_for_the_run() -> None:
     """Otherwise the kill would fall on an epoch's edge only."""
     assert NUM_RECORDS < STEPS * 8
+
+
+def test_nan_stops_the_run_unsaved_and_new_optimizer_settings_hold(folder: Path) -> None:
+    target = "tests.parallel.training_cases:spoilt"
+    for result in run_distributed(target, 2, {"folder": str(folder)}, 150):
+        assert result["start"] == 2
+        assert sorted(result["groups"]) == [[0.0, 0.9, 1e-3], [0.5, 0.9, 1e-3]]
+        assert result["message"].startswith("step 3: loss nan")
+        assert result["saved"] == ["step_00000002"]

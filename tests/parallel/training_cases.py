@@ -1,5 +1,6 @@
 """What the ranks of the training and generation tests run.  Results are JSON values."""
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import replace
@@ -110,13 +111,13 @@ def digest(engine: Any) -> str:
     h = hashlib.sha256()
     for chunk in engine.chunks:
         for parameter in chunk.parameters():
-            h.update(parameter.detach().numpy().tobytes())
+            h.update(parameter.detach().cpu().numpy().tobytes())
     for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                h.update(parameter.detach().numpy().tobytes())
+                h.update(parameter.detach().cpu().numpy().tobytes())
                 for name, value in sorted(part.optimizer.state[parameter].items()):
-                    h.update(name.encode() + value.detach().numpy().tobytes())
+                    h.update(name.encode() + value.detach().cpu().numpy().tobytes())
     return h.hexdigest()
 
 
@@ -148,6 +149,7 @@ def damaged(arguments: dict[str, Any]) -> dict[str, Any]:
     """A damaged newest checkpoint is passed over; foreign ones are refused; none is no error."""
     from megatron_cogview.checkpoint import commit
     from megatron_cogview.checkpoint.identity import check_belongs
+    from megatron_cogview.training.trainer import CONTINUED
 
     folder = arguments["folder"]
     config = training_config(folder, "tp2_sp-whole", ParallelConfig(tensor=2, sequence=True))
@@ -163,12 +165,14 @@ def damaged(arguments: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("megatron_cogview").setLevel(logging.ERROR)
     directory, manifest = commit.newest_valid(root)
     refusals = {}
+    seed = replace(config, data=replace(config.data, seed=99))
     for what, changed, prints in (
         ("layers", replace(config, model=replace(config.model, num_layers=3)), FINGERPRINTS),
         ("tokenizer", config, {"text": "other", "image": "i"}),
+        ("seed", seed, FINGERPRINTS),
     ):
         try:
-            check_belongs(directory, manifest["state"], changed, prints)
+            check_belongs(directory, manifest["state"], changed, prints, CONTINUED)
         except CheckpointError as error:
             refusals[what] = str(error)
     trainer.run()
@@ -232,7 +236,7 @@ def _model(config: RunConfig, groups: Any) -> torch.nn.Module:
     from megatron_cogview.parallel.seeding import seed_initialization
 
     seed_initialization(3, groups)
-    model = build_model(config)[0].eval()
+    model = build_model(config)[0].to(groups.device).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -250,15 +254,49 @@ def _without_cache(
     settings, pictures = config.generation, []
     for number, text in enumerate(texts):
         prompt, count = layout.prompt(text)
-        ids = torch.from_numpy(prompt)[None]
-        key = torch.tensor([[number, len(prompt)]])
+        device = next(model.parameters()).device
+        ids = torch.from_numpy(prompt)[None].to(device)
+        key = torch.tensor([[number, len(prompt)]], device=device)
         for step in range(count):
-            positions = torch.from_numpy(np.asarray(layout.positions(ids.numpy())))
+            positions = torch.from_numpy(np.asarray(layout.positions(ids.cpu().numpy())))
             with torch.inference_mode():
-                logits = model(ids, positions, pivot_key_B2=key)[:, -1]
+                logits = model(ids, positions.to(device), pivot_key_B2=key)[:, -1]
             u = torch.from_numpy(uniforms(settings.seed, np.array([number]), step))
             allowed = logits[:, : VOCAB.num_image_codes]
             chosen = draw(allowed, u, settings.temperature, settings.top_k)
             ids = torch.cat([ids, chosen[:, None]], 1)
         pictures.append(ids[0, len(prompt) :].view(SIDE, SIDE).tolist())
     return pictures
+
+
+def spoilt(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A NaN weight stops the run before it is saved; changed optimizer settings take effect."""
+    from megatron_cogview.configs.errors import TrainingError
+
+    config = training_config(arguments["folder"], "spoilt", ParallelConfig(tensor=2))
+    engine, trainer = build(config)
+    trainer.loader = DyingLoader(trainer.loader, 2)
+    with contextlib.suppress(Killed):
+        trainer.run()
+    changed = replace(
+        config, optimizer=replace(config.optimizer, weight_decay=0.5, beta2=0.9, epsilon=1e-3)
+    )
+    engine, trainer = build(changed)
+    start = trainer._resume()
+    groups = [[g["weight_decay"], g["betas"][1], g["eps"]] for g in engine.optimizer.param_groups]
+    engine, trainer = build(config)
+    trainer._resume = lambda: start
+    with torch.no_grad():
+        next(engine.chunks[0].parameters()).fill_(float("nan"))
+    message = ""
+    try:
+        trainer.run()
+    except TrainingError as error:
+        message = str(error)
+    root = Path(config.training.output) / "checkpoints"
+    return {
+        "start": start,
+        "groups": groups,
+        "message": message,
+        "saved": sorted(p.name for p in root.iterdir()),
+    }
