@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from megatron_cogview.tokenization.image import load_image_tokenizer
 
 from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError
 from megatron_cogview.configs.presets import preset
 from megatron_cogview.data.raw import WebDatasetTars
 from megatron_cogview.data.tokenize import tokenize_dataset
+from megatron_cogview.tokenization.image import load_image_tokenizer
 from megatron_cogview.tokenization.text import TextTokenizer
 
 
