@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 420
@@ -72,7 +71,6 @@ def finish(run: Path) -> None:
     assert code == 0, (run.parent / f"{run.name}.log").read_text(errors="replace")[-4000:]
 
 
-@pytest.mark.slow
 def test_killed_in_every_stage_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole)

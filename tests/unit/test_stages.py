@@ -136,7 +136,9 @@ time.sleep(60)
 """
 
 PARENT = """
-import sys
+import signal, sys
+# Python sets this handler itself, but not in a background job, which inherits SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import processes, stages
