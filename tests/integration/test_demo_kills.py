@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 420
 KILLS = (
     # stage, what must exist in the run folder before the kill, seconds after it
+    ("pairs", "pairs", 0.1),
     ("image tokenizer", "image_tokenizer/checkpoints/*", 0.5),
     ("tokens", "tokens", 1.0),
     ("pretrain", "pretrain/checkpoints/step_*", 0.3),
     ("generate", "generated/*.png", 0.0),
+    ("check", "fresh/*.tar", 0.2),
 )
 COMPARED = (
     "text.model",
