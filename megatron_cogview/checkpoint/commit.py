@@ -1,8 +1,7 @@
 """Checkpoint directories that are either whole or absent.
 
 A checkpoint is written into a temporary directory, hashed, fsynced, described by a manifest and
-renamed.  "Valid" means that the manifest verifies, never that a
-directory exists.
+renamed.  "Valid" means that the manifest verifies, never that a directory exists.
 """
 
 import logging

@@ -25,10 +25,8 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """What a checkpoint knows besides tensors."""
+    """What a checkpoint's manifest keeps besides the step, from which the data position follows."""
 
-    step: int
-    """Completed optimizer steps; the data position follows from it."""
     run: dict[str, Any]
     """The resolved configuration."""
     fingerprints: dict[str, str]

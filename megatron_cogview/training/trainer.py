@@ -110,8 +110,8 @@ class Trainer:
         ):
             raise TrainingError(
                 f"step {step + 1}: loss {result.losses.total}, gradient norm {result.grad_norm}; "
-                f"{self.folder / CHECKPOINTS} holds the state before it.  Lower optimizer.lr, or "
-                "set model.norm.relax_scope all"
+                f"it was not saved, and what {self.folder / CHECKPOINTS} holds is older.  Lower "
+                "optimizer.lr, or set model.norm.relax_scope all"
             )
         return result
 
@@ -143,7 +143,7 @@ class Trainer:
         }
 
     def _save(self, step: int) -> None:
-        state = TrainState(step=step, run=self.config.to_dict(), fingerprints=self.fingerprints)
+        state = TrainState(run=self.config.to_dict(), fingerprints=self.fingerprints)
         root = self.folder / CHECKPOINTS
         keep = self.config.training.keep_checkpoints
         with commit.committing(root, step, dataclasses.asdict(state), keep) as directory:

@@ -3,22 +3,13 @@
 from megatron_cogview.configs.presets import PRESETS
 from megatron_cogview.testing.distributed import run_distributed
 
-EXPECTED = {
-    "tiny": 937_728,
-    "base_363m": 363_292_672,
-    "fashion_3b": 2_988_702_720,
-    "base_4b": 3_929_175_040,
-    "large_8b3": 8_299_388_928,
-    "released": 3_929_175_040,
-}
-
 
 def test_every_preset_on_the_meta_device() -> None:
     results = run_distributed("tests.parallel.dry_run_cases:dry_run", 1, timeout_s=180)[0]
-    assert set(results) == set(PRESETS) == set(EXPECTED)
+    assert set(results) == set(PRESETS)
     for name, result in results.items():
         config = PRESETS[name]()
         assert result["devices"] == ["meta"], name
-        assert result["parameters"] == EXPECTED[name] == config.model.num_params(), name
+        assert result["parameters"] == config.model.num_params(), name
         rows = config.model.vocab.padded_size
         assert result["logits"] == [2, config.sequence.model_length, rows], name
