@@ -11,12 +11,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
 
+# Preset of the demo's image tokenizer: tiny or tiny_vqgan.
+TOKENIZER ?= tiny
+SUFFIX := $(if $(filter-out tiny,$(TOKENIZER)),-$(TOKENIZER))
+
 ifdef DATA
 # A trailing slash would leave the name empty.
-DEMO_ARGS := --output "runs/data-$(notdir $(patsubst %/,%,$(DATA)))" --data "$(DATA)"
+DEMO_ARGS := --output "runs/data-$(notdir $(patsubst %/,%,$(DATA)))$(SUFFIX)" --data "$(DATA)"
 else
-DEMO_ARGS := --output runs/demo
+DEMO_ARGS := --output "runs/demo$(SUFFIX)"
 endif
+DEMO_ARGS += --image-tokenizer "$(TOKENIZER)"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check clean
@@ -25,6 +30,7 @@ help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 	@echo
 	@echo '  make demo DATA=FOLDER   the same path on your own WebDataset tars'
+	@echo '  make demo TOKENIZER=tiny_vqgan   the same path with a VQGAN'
 	@echo '  PYTHON=python3.12  VENV=.venv  PIP_ARGS="--extra-index-url URL" may be set too'
 
 $(STAMP): setup.py constraints.txt

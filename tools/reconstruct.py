@@ -20,8 +20,8 @@ from megatron_cogview.tokenization.image import load_image_tokenizer
 class Arguments:
     """Reconstruct pictures."""
 
-    data: Path
-    """Folder of WebDataset tars."""
+    data: tuple[Path, ...]
+    """Folders of WebDataset tars."""
     image_tokenizer: Path
     """Image tokenizer weights (.safetensors)."""
     output: Path
@@ -41,7 +41,8 @@ def main() -> None:
         summary = reconstruct(arguments.data, tokenizer, arguments.output, arguments.limit)
     except (ConfigError, DataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    print(f"{arguments.output}: {summary['pictures']} pictures, {summary['psnr']:.2f} dB")
+    numbers = f"{summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f}"
+    print(f"{arguments.output}: {summary['pictures']} pictures, {numbers}")
 
 
 if __name__ == "__main__":

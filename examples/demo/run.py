@@ -2,6 +2,7 @@
 
     python examples/demo/run.py --output runs/demo
     python examples/demo/run.py --output runs/clothing --data FOLDER
+    python examples/demo/run.py --output runs/demo-vqgan --image-tokenizer tiny_vqgan
 
 Every stage is an ordinary command, printed before it runs; this program holds no logic of its own
 beyond their order.  Run again, it skips what is done and goes on where it was stopped.
@@ -21,12 +22,15 @@ import torch
 from stages import Command, Runner, Stage, StageError, shown
 
 from megatron_cogview.configs.errors import DataError
+from megatron_cogview.configs.presets import preset, tiny
 from megatron_cogview.storage.atomic import locked_directory, write_text
 
 if TYPE_CHECKING:
     from types import FrameType
 
 PROMPT_COUNT = 64
+TOKENIZERS = ("tiny", "tiny_vqgan")
+"""Presets whose image tokenizers give the grid and the codes that ``tiny`` trains on."""
 INTERRUPTED = 130
 
 
@@ -68,8 +72,8 @@ def training_processes() -> int:
     return 1 if torch.cuda.device_count() == 1 else 2
 
 
-def plan(run: Path, data: Path | None, size: Size) -> list[Stage]:
-    """The stages, in order, before the report."""
+def plan(run: Path, data: Path | None, size: Size, tokenizer: str = "tiny") -> list[Stage]:
+    """The stages, in order, before the report; ``tokenizer`` is one of ``TOKENIZERS``."""
     processes = training_processes()
     pairs = data or run / "pairs"
     prompts = run / "prompts.jsonl" if data else pairs / "prompts.jsonl"
@@ -83,7 +87,7 @@ def plan(run: Path, data: Path | None, size: Size) -> list[Stage]:
         f"--vocab-size {741 if data else 160}",
     )
     learn_images = command(
-        *("-m megatron_cogview train-tokenizer tiny --tokenizer-training.data", pairs),
+        *(f"-m megatron_cogview train-tokenizer {tokenizer} --tokenizer-training.data", pairs),
         *("--tokenizer-training.output", image, size.tokenizer),
         processes=processes,
     )
@@ -188,7 +192,7 @@ def summarise(run: Path) -> None:
     print(f"report:   {shown(run / 'report.html')}")
 
 
-def run_all(run: Path, data: Path | None, size: Size) -> None:
+def run_all(run: Path, data: Path | None, size: Size, tokenizer: str) -> None:
     """Everything, in order.
 
     Raises:
@@ -198,8 +202,11 @@ def run_all(run: Path, data: Path | None, size: Size) -> None:
         raise DataError(f"--data {data}: no such folder, or no *.tar in it")
     (run / ".stages").mkdir(parents=True, exist_ok=True)
     with locked_directory(run / ".stages"):
-        runner = Runner(run)
-        for stage in plan(run, data, size):
+        # Values of presets decide a stage's result as much as the words of its command.
+        values = [tiny().to_json()]
+        values += [] if tokenizer == "tiny" else [preset(tokenizer).to_json()]
+        runner = Runner(run, "\n".join(values))
+        for stage in plan(run, data, size, tokenizer):
             runner.run(stage)
         write_timings(run, runner.done)
         runner.run(report_stage(run, data))
@@ -216,10 +223,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--data", type=Path, help="folder of WebDataset tars, not the shapes")
     parser.add_argument("--size", choices=SIZES, default="full", help="micro: a test, in a minute")
+    parser.add_argument(
+        "--image-tokenizer", choices=TOKENIZERS, default="tiny", help="preset of the tokenizer"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
-        run_all(options.output, options.data, SIZES[options.size])
+        run_all(options.output, options.data, SIZES[options.size], options.image_tokenizer)
     except (StageError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,7 @@
 
 A stage is a few ordinary commands with the files they read and write.  It is skipped while its
 stamp (``RUN/.stages/NAME.json``: a hash over commands, contents of inputs, the package's version
-and the preset's values) holds and its outputs exist.  Knows nothing of what the commands do.
+and the presets' values) holds and its outputs exist.  Knows nothing of what the commands do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 from processes import Child, end_leftovers, peak_of
 
 from megatron_cogview import __version__
-from megatron_cogview.configs.presets import tiny
 from megatron_cogview.storage.atomic import write_text
 from megatron_cogview.storage.digest import sha256_file
 
@@ -79,6 +78,8 @@ class Runner:
     """Runs stages into one folder, which the caller has locked."""
 
     folder: Path
+    settings: str = ""
+    """Values that decide the results and are not in the commands."""
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stamps of the stages so far, in order."""
 
@@ -161,7 +162,7 @@ class Runner:
         if missing:
             raise StageError(f"stage {stage.name}: no {missing[0]}")
         digest = hashlib.sha256()
-        digest.update(f"{__version__}\n{tiny().to_json()}\n".encode())
+        digest.update(f"{__version__}\n{self.settings}\n".encode())
         for command in stage.commands:
             digest.update(f"{command.typed()}\n".encode())
         for path in stage.inputs:

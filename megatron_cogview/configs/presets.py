@@ -9,12 +9,16 @@ from dataclasses import replace
 
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.generation import GenerationConfig
-from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, TokenizerTrainingConfig
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, VQGANConfig
 from megatron_cogview.configs.model import AttentionConfig, ModelConfig, NormConfig
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.configs.tokenizer_training import (
+    AdversarialConfig,
+    TokenizerTrainingConfig,
+)
 from megatron_cogview.configs.training import TrainingConfig
 from megatron_cogview.configs.vocab import VocabConfig
 
@@ -46,7 +50,7 @@ def tiny() -> RunConfig:
             revive_dead_codes=True,
         ),
         tokenizer_training=TokenizerTrainingConfig(
-            steps=1000, batch_size=16, lr=2e-3, warmup_steps=50
+            steps=1000, batch_size=16, lr=2e-3, warmup_steps=50, random_crop=0.0
         ),
         parallel=ParallelConfig(tensor=2),
         optimizer=OptimizerConfig(lr=3e-3, min_lr_ratio=0.05),
@@ -58,6 +62,54 @@ def tiny() -> RunConfig:
             validate_every=250,
         ),
         generation=GenerationConfig(temperature=0.7, top_k=0),
+    )
+
+
+def tiny_vqgan() -> RunConfig:
+    """``tiny`` with a VQGAN as image tokenizer."""
+    base = tiny()
+    return replace(
+        base,
+        preset="tiny_vqgan",
+        image_tokenizer=replace(
+            base.image_tokenizer,
+            kind="vqgan",
+            hidden_size=16,
+            vqgan=VQGANConfig(multipliers=(1, 2, 2, 4), residual_blocks=1, norm_groups=8),
+        ),
+        tokenizer_training=replace(
+            base.tokenizer_training,
+            reconstruction="l1",
+            adversarial=AdversarialConfig(weight=0.8, start_step=500, channels=16, layers=2),
+        ),
+    )
+
+
+def photos_64() -> RunConfig:
+    """64-pixel photographs in 16 x 16 codes, f = 4: an image tokenizer for two CPU cores."""
+    return RunConfig(
+        preset="photos_64",
+        model=ModelConfig(
+            num_layers=8,
+            hidden_size=256,
+            num_heads=8,
+            max_positions=288,
+            vocab=VocabConfig(num_image_codes=1024),
+        ),
+        sequence=SequenceConfig(length=289, text_budget=29, codes_per_side=(16,)),
+        image_tokenizer=ImageTokenizerConfig(
+            image_size=64,
+            downsampling_layers=2,
+            hidden_size=128,
+            code_dim=64,
+            num_codes=1024,
+            codebook_init="data",
+            revive_dead_codes=True,
+        ),
+        tokenizer_training=TokenizerTrainingConfig(
+            steps=3000, batch_size=32, lr=1e-3, warmup_steps=50, validate_every=250
+        ),
+        training=TrainingConfig(global_batch_size=64, micro_batch_size=16),
     )
 
 
@@ -84,7 +136,15 @@ def fashion_3b() -> RunConfig:
             ),
         ),
         sequence=SequenceConfig(length=2561, text_budget=57, codes_per_side=(50,)),
-        image_tokenizer=ImageTokenizerConfig(image_size=800, downsampling_layers=4),
+        image_tokenizer=ImageTokenizerConfig(
+            kind="vqgan", image_size=800, downsampling_layers=4, hidden_size=128
+        ),
+        tokenizer_training=TokenizerTrainingConfig(
+            batch_size=64,
+            lr=1e-4,
+            reconstruction="l1",
+            adversarial=AdversarialConfig(weight=0.8, start_step=50_000),
+        ),
         training=TrainingConfig(global_batch_size=2048, micro_batch_size=2),
     )
 
@@ -130,7 +190,8 @@ def released() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (tiny, base_363m, fashion_3b, base_4b, large_8b3, released)
+    f.__name__: f
+    for f in (tiny, tiny_vqgan, photos_64, base_363m, fashion_3b, base_4b, large_8b3, released)
 }
 
 

@@ -2,20 +2,21 @@
 
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_cogview.configs.data import DataConfig
-from megatron_cogview.configs.errors import ConfigError, refuse
+from megatron_cogview.configs.errors import refuse
+from megatron_cogview.configs.from_json import build
 from megatron_cogview.configs.generation import GenerationConfig
-from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, TokenizerTrainingConfig
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.configs.model import ModelConfig
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.precision import PrecisionConfig
 from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.configs.tokenizer_training import TokenizerTrainingConfig
 from megatron_cogview.configs.training import TrainingConfig
 
 
@@ -128,42 +129,10 @@ class RunConfig:
     def from_json(cls, text: str) -> "RunConfig":
         """The inverse of :meth:`to_json`; unknown or missing names are errors."""
         value = json.loads(text)
-        config = _build(cls, value, "")
+        config = build(cls, value, "")
         assert isinstance(config, cls)
         return config
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration."""
         path.write_text(self.to_json(), encoding="utf-8")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Rebuild nested dataclasses and tuples from JSON values."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where or 'configuration'}: expected an object, got {value!r}")
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ConfigError(f"{where or 'configuration'}: unknown fields {sorted(unknown)}")
-        needed = {f.name for f in dataclasses.fields(kind) if _is_required(f)}
-        if needed - set(value):
-            missing = sorted(needed - set(value))
-            raise ConfigError(f"{where or 'configuration'}: missing fields {missing}")
-        prefix = f"{where}." if where else ""
-        return kind(**{k: _build(hints[k], v, prefix + k) for k, v in value.items()})  # type: ignore[operator]
-    if typing.get_origin(kind) is tuple:
-        return tuple(value)
-    accepted = (int, float) if kind is float else kind
-    if isinstance(kind, type) and (
-        not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
-    ):
-        raise ConfigError(f"{where} = {value!r}: must be of type {kind.__name__}")
-    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-        raise ConfigError(f"{where} = {value!r}: must be one of {list(typing.get_args(kind))}")
-    return value
-
-
-def _is_required(field_: "dataclasses.Field[Any]") -> bool:
-    missing = dataclasses.MISSING
-    return field_.default is missing and field_.default_factory is missing

@@ -1,4 +1,4 @@
-"""Pictures through an image tokenizer and back: each result as a file, with its PSNR.
+"""Pictures through an image tokenizer and back: each result as a file, with its PSNR and SSIM.
 
 Knows tars and tokenizers; judges nothing but the error in pixels.
 """
@@ -9,6 +9,7 @@ import logging
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.data import images
 from megatron_cogview.data.raw import MAX_JSON_BYTES, RawPair, WebDatasetTars
 from megatron_cogview.storage.atomic import replacing, write_text
+from megatron_cogview.tokenization import fidelity
 from megatron_cogview.tokenization.image import ImageTokenizer
-from megatron_cogview.training.tokenizer_report import psnr
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +42,21 @@ class _Outcome:
     """What has been done so far."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    shown: list[tuple[NDArray[np.uint8], NDArray[np.uint8], float]] = field(default_factory=list)
+    shown: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
 
 def reconstruct(
-    folder: Path, tokenizer: ImageTokenizer, output: Path, limit: int = 500
+    folders: Sequence[Path], tokenizer: ImageTokenizer, output: Path, limit: int = 500
 ) -> dict[str, Any]:
-    """Reconstruct the first ``limit`` usable pairs of a folder of tars.
+    """Reconstruct the first ``limit`` usable pairs of folders of tars.
 
-    Writes ``ID.png`` (the reconstruction), ``records.jsonl`` (each pair's JSON and its ``psnr`` in
-    dB), ``sheet.png`` (originals beside reconstructions) and ``summary.json``.
+    Writes ``ID.png`` (the reconstruction), ``records.jsonl`` (each pair's JSON with its ``psnr`` in
+    dB and ``ssim``), ``sheet.png`` (originals beside reconstructions) and ``summary.json``.
 
     Returns:
-        The summary: ``psnr`` (mean over pictures), ``pictures``, ``skipped`` by reason, and the
-        tokenizer's ``fingerprint``.
+        The summary: ``psnr`` and ``ssim`` (means over pictures), ``pictures``, ``skipped`` by
+        reason, and the tokenizer's ``fingerprint``.
 
     Raises:
         ConfigError: ``limit`` below 1.
@@ -63,23 +64,26 @@ def reconstruct(
     """
     if limit < 1:
         raise refuse("limit", limit, "must be at least 1")
-    source = WebDatasetTars(folder)
-    source.check()
+    sources = [WebDatasetTars(folder) for folder in folders]
+    for source in sources:
+        source.check()
     output.mkdir(parents=True, exist_ok=True)
     outcome = _Outcome()
     with tqdm(total=limit, desc="reconstruct", unit="picture", mininterval=1.0) as bar:
-        for path in source.shards():
+        for source, path in ((s, path) for s in sources for path in s.shards()):
             metadata = _metadata(path)
             items = source.read(path)
             while chunk := list(itertools.islice(items, min(BATCH, limit - bar.n))):
                 bar.update(_reconstruct_chunk(chunk, metadata, tokenizer, output, outcome))
     if not outcome.records:
-        raise DataError(f"{folder}: no usable pair; skipped: {dict(outcome.skipped)}")
+        where = ", ".join(str(folder) for folder in folders)
+        raise DataError(f"{where}: no usable pair; skipped: {dict(outcome.skipped)}")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
     write_text(output / "records.jsonl", "".join(lines))
     _save(output / "sheet.png", _sheet(outcome))
     summary = {
         "psnr": float(np.mean([record["psnr"] for record in outcome.records])),
+        "ssim": float(np.mean([record["ssim"] for record in outcome.records])),
         "pictures": len(outcome.records),
         "skipped": dict(sorted(outcome.skipped.items())),
         "fingerprint": tokenizer.fingerprint,
@@ -115,12 +119,13 @@ def _reconstruct_chunk(
         return 0
     originals = np.stack([picture for _, picture in pairs])
     decoded = tokenizer.decode(tokenizer.encode(torch.from_numpy(originals))).numpy()
-    values = psnr(originals, decoded).tolist()
-    for (pair, original), copy, value in zip(pairs, decoded, values, strict=True):
+    psnr = fidelity.psnr(originals, decoded).tolist()
+    ssim = fidelity.ssim(originals, decoded).tolist()
+    for (pair, original), copy, p, s in zip(pairs, decoded, psnr, ssim, strict=True):
         _save(output / f"{pair.id}.png", Image.fromarray(copy))
-        outcome.records.append({**metadata.get(pair.id, {}), "id": pair.id, "psnr": value})
+        outcome.records.append({**metadata.get(pair.id, {}), "id": pair.id, "psnr": p, "ssim": s})
         if len(outcome.shown) < SHEET_PAIRS:
-            outcome.shown.append((original, copy, value))
+            outcome.shown.append((original, copy, f"{p:.1f} dB  SSIM {s:.3f}"))
     return len(pairs)
 
 
@@ -142,17 +147,17 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sheet(outcome: _Outcome) -> Image.Image:
-    """Original, reconstruction and PSNR of the first pairs, four a row."""
+    """Original, reconstruction, PSNR and SSIM of the first pairs, four a row."""
     side = max(64, outcome.shown[0][0].shape[0])
     width, height = 2 * side + 10, side + CAPTION_PIXELS
     rows = -(-len(outcome.shown) // SHEET_COLUMNS)
     canvas = Image.new("RGB", (SHEET_COLUMNS * width, rows * height), "white")
     draw = ImageDraw.Draw(canvas)
-    for index, (original, copy, value) in enumerate(outcome.shown):
+    for index, (original, copy, caption) in enumerate(outcome.shown):
         left, top = (index % SHEET_COLUMNS) * width, (index // SHEET_COLUMNS) * height
         canvas.paste(Image.fromarray(original), (left, top))
         canvas.paste(Image.fromarray(copy), (left + side + 2, top))
-        draw.text((left, top + side), f"{value:.1f} dB", fill="black")
+        draw.text((left, top + side), caption, fill="black")
     return canvas
 
 

@@ -7,7 +7,7 @@ nothing of training.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,16 +18,14 @@ from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.storage.atomic import write_bytes
 from megatron_cogview.storage.digest import sha256_file
-from megatron_cogview.tokenization.vqvae import VQVAE, to_float, to_uint8, use_channels_last
+from megatron_cogview.tokenization.pixels import OURS, SCALINGS, PixelScaling
+from megatron_cogview.tokenization.vq_model import VQModel, use_channels_last
 
 METADATA_KEY = "megatron_cogview.image_tokenizer"
-"""The one metadata entry: ``{"config": {...}, "pixels": "..."}``.
+"""The one metadata entry: ``{"config": {...}, "pixels": "name of a PixelScaling"}``.
 
 One entry only: the order of several is not fixed, and the fingerprint covers every byte.
 """
-
-PIXEL_SCALING = "uint8 / 127.5 - 1"
-"""How pictures are scaled for the network; recorded in the file."""
 
 # Pictures per pass through the network: bounds the memory, does not change codes.
 _PICTURES_PER_PASS = 64
@@ -52,13 +50,24 @@ class ImageTokenizer(Protocol):
         """Integer codes ``[N, grid, grid]`` in [0, num_codes) -> uint8 ``[N, side, side, 3]``."""
 
 
-class VQVAETokenizer:
-    """:class:`ImageTokenizer` by a trained :class:`VQVAE`."""
+class VQTokenizer:
+    """:class:`ImageTokenizer` by a trained :class:`VQModel`."""
 
-    def __init__(self, model: VQVAE, config: ImageTokenizerConfig, fingerprint: str) -> None:
-        self._model = model.eval().requires_grad_(False)
+    def __init__(
+        self,
+        model: VQModel,
+        config: ImageTokenizerConfig,
+        fingerprint: str,
+        pixels: PixelScaling = OURS,
+        encoder_precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """See :func:`load_image_tokenizer`."""
+        self._model = model
         self._config = config
         self._fingerprint = fingerprint
+        self._pixels = pixels
+        bf16 = encoder_precision == "bf16"
+        self._encode_pass = self._model.encode_bf16 if bf16 else self._model.encode
 
     @property
     def config(self) -> ImageTokenizerConfig:
@@ -71,7 +80,7 @@ class VQVAETokenizer:
         return self._fingerprint
 
     def encode(self, images_NHWC: Tensor) -> Tensor:
-        """Codes of pictures; those of one picture do not depend on the others.
+        """Codes of pictures; with the fp32 encoder those of one do not depend on the others.
 
         Args:
             images_NHWC: uint8 ``[N, side, side, 3]``, RGB, ``side = config.image_size``.
@@ -92,7 +101,8 @@ class VQVAETokenizer:
         if images_NHWC.shape[0] == 0:
             return torch.empty((0, grid, grid), dtype=torch.int64)
         passes = torch.split(images_NHWC, _PICTURES_PER_PASS)
-        return torch.cat([self._model.encode(to_float(p.to(self._device))).cpu() for p in passes])
+        scaled = (self._pixels.to_float(part.to(self._device)) for part in passes)
+        return torch.cat([self._encode_pass(part).cpu() for part in scaled])
 
     def decode(self, codes_NHW: Tensor) -> Tensor:
         """Pictures of codes.
@@ -127,27 +137,37 @@ class VQVAETokenizer:
                 "pass image codes without the vocabulary's offset"
             )
         passes = torch.split(codes_NHW, _PICTURES_PER_PASS)
-        pictures = [to_uint8(self._model.decode(p.to(self._device))).cpu() for p in passes]
-        return torch.cat(pictures)
+        pictures = (self._model.decode(part.to(self._device)) for part in passes)
+        return torch.cat([self._pixels.to_uint8(part).cpu() for part in pictures])
 
     @property
     def _device(self) -> torch.device:
         return self._model.quantize_t.embed.device
 
 
-def save_image_tokenizer(model: VQVAE, config: ImageTokenizerConfig, path: Path) -> None:
+def save_image_tokenizer(
+    model: VQModel, config: ImageTokenizerConfig, path: Path, pixels: PixelScaling = OURS
+) -> None:
     """Write weights and configuration to ``path``; the file appears whole or not at all."""
     tensors = {
         name: value.detach().to("cpu", torch.float32).contiguous()
         for name, value in model.state_dict().items()
     }
-    about = {"config": dataclasses.asdict(config), "pixels": PIXEL_SCALING}
+    about = {"config": dataclasses.asdict(config), "pixels": pixels.name}
     text = json.dumps(about, sort_keys=True)
     write_bytes(path, safetensors_torch.save(tensors, metadata={METADATA_KEY: text}))
 
 
-def load_image_tokenizer(path: Path, device: str = "cpu") -> ImageTokenizer:
+def load_image_tokenizer(
+    path: Path, device: str = "cpu", encoder_precision: Literal["fp32", "bf16"] = "fp32"
+) -> VQTokenizer:
     """Read what :func:`save_image_tokenizer` wrote.
+
+    Args:
+        path: the file.
+        device: where the networks run.
+        encoder_precision: ``bf16`` is faster on GPUs, but then a picture's codes may depend on its
+            batch; shards are made with ``fp32``.
 
     Raises:
         DataError: no such file, not a safetensors file, no configuration inside, or weights that
@@ -162,16 +182,16 @@ def load_image_tokenizer(path: Path, device: str = "cpu") -> ImageTokenizer:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a readable safetensors file ({error})") from None
-    config = _config_in(path, metadata)
+    config, pixels = _about(path, metadata)
     with torch.device("meta"):
-        model = VQVAE(config)
+        model = VQModel(config)
     _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
-    use_channels_last(model.to(device))
-    return VQVAETokenizer(model, config, sha256_file(path))
+    use_channels_last(model.to(device).eval().requires_grad_(False))
+    return VQTokenizer(model, config, sha256_file(path), pixels, encoder_precision)
 
 
-def _config_in(path: Path, metadata: dict[str, str]) -> ImageTokenizerConfig:
+def _about(path: Path, metadata: dict[str, str]) -> tuple[ImageTokenizerConfig, PixelScaling]:
     if METADATA_KEY not in metadata:
         raise DataError(
             f"{path}: has no {METADATA_KEY!r} in its metadata; it is not an image tokenizer of "
@@ -179,13 +199,13 @@ def _config_in(path: Path, metadata: dict[str, str]) -> ImageTokenizerConfig:
         )
     try:
         about = json.loads(metadata[METADATA_KEY])
-        config = ImageTokenizerConfig(**about["config"])
+        config = ImageTokenizerConfig.from_dict(about["config"])
         pixels = about["pixels"]
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise DataError(f"{path}: its configuration cannot be used ({error})") from None
-    if pixels != PIXEL_SCALING:
-        raise DataError(f"{path}: pixel scaling {pixels!r} is not {PIXEL_SCALING!r}")
-    return config
+    if pixels not in SCALINGS:
+        raise DataError(f"{path}: pixel scaling {pixels!r} is none of {sorted(SCALINGS)}")
+    return config, SCALINGS[pixels]
 
 
 def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

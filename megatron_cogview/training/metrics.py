@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -31,12 +33,20 @@ class MetricsLog:
         start, total: steps done, and steps of the whole run, for the progress bar.
         enabled: whether this is the process that writes.
         what: label of the progress bar.
+        shown: numbers to show beside the bar; all of them if empty.
     """
 
     def __init__(
-        self, folder: Path, start: int, total: int, enabled: bool, what: str = "step"
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        enabled: bool,
+        what: str = "step",
+        shown: tuple[str, ...] = (),
     ) -> None:
         self.enabled = enabled
+        self.shown = shown
         self.bar = tqdm(
             total=total, initial=start, desc=what, disable=not enabled, mininterval=1.0, unit="step"
         )
@@ -76,8 +86,16 @@ class MetricsLog:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
-        shown = {k: f"{v:.4g}" for k, v in values.items() if not math.isnan(v)}
-        self.bar.set_postfix(shown, refresh=False)
+        names = [k for k, v in values.items() if not math.isnan(v)]
+        names = [name for name in self.shown or names if name in names]
+        if names:
+            shown = {name: f"{values[name]:.4g}" for name in names}
+            self.bar.set_postfix(shown, refresh=False)
+
+    def picture(self, step: int, name: str, pixels_HWC: NDArray[np.uint8]) -> None:
+        """Show a picture in TensorBoard."""
+        if self.enabled:
+            self.board.add_image(name, pixels_HWC, step, dataformats="HWC")
 
 
 def _line(row: Mapping[str, float]) -> str:

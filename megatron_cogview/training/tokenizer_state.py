@@ -1,18 +1,19 @@
 """Checkpoints of the image tokenizer's training: one safetensors file each, no pickle.
 
-A file holds weights, codebook, Adam's moments and the step; order and random draws follow from
-(seed, step), so this is all that an exact resume needs.  Knows nothing of data or logs.
+A file holds weights, codebook, discriminator, Adam's moments and the step; order and random draws
+follow from (seed, step), so this is all that an exact resume needs.  Knows nothing of data or logs.
 """
 
 import json
 import logging
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.storage.atomic import write_bytes
@@ -25,15 +26,23 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _KEPT = 2
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Adam, *, step: int, seconds: float
-) -> None:
+class Part(NamedTuple):
+    """A network with its optimizer."""
+
+    module: nn.Module
+    optimizer: torch.optim.Adam
+
+
+def save_checkpoint(folder: Path, parts: dict[str, Part], *, step: int, seconds: float) -> None:
     """Write the state after ``step`` steps and remove all but the two newest checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for moment in _MOMENTS:
-            tensors[f"adam.{moment}.{name}"] = optimizer.state[parameter][moment]
+    tensors: dict[str, Tensor] = {}
+    for part, (module, optimizer) in parts.items():
+        tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            # A network that has not begun to learn has no moments.
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{part}.adam.{moment}.{name}"] = value
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     about = json.dumps({"step": step, "seconds": seconds})
     path = folder / f"step-{step:09d}.safetensors"
@@ -42,8 +51,8 @@ def save_checkpoint(
         old.unlink()
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Adam) -> tuple[int, float]:
-    """Put the newest readable checkpoint into ``model`` and ``optimizer``.
+def load_newest(folder: Path, parts: dict[str, Part]) -> tuple[int, float]:
+    """Put the newest readable checkpoint into ``parts``.
 
     Returns:
         Steps done and seconds spent; (0, 0.0) without a checkpoint.
@@ -54,7 +63,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Adam) -> 
     paths = _checkpoints(folder)
     for path in reversed(paths):
         try:
-            return _load(path, model, optimizer)
+            return _load(path, parts)
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             logger.warning("%s: cannot be used (%s)", path, error)
     if paths:
@@ -62,17 +71,31 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Adam) -> 
     return 0, 0.0
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Adam) -> tuple[int, float]:
+def _load(path: Path, parts: dict[str, Part]) -> tuple[int, float]:
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})[_METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    moments = {
-        name: {moment: tensors[f"adam.{moment}.{name}"] for moment in _MOMENTS}
-        for name, _ in model.named_parameters()
-    }
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    model.load_state_dict(weights)
-    for name, parameter in model.named_parameters():
+    for part, (module, optimizer) in parts.items():
+        names = [name for name, _ in module.named_parameters()]
+        learned = f"{part}.adam.step.{names[0]}" in tensors
+        moments = {
+            name: {moment: tensors[f"{part}.adam.{moment}.{name}"] for moment in _MOMENTS}
+            for name in names
+            if learned
+        }
+        module.load_state_dict(
+            {name: tensors[f"{part}.{name}"] for name in module.state_dict()}, strict=True
+        )
+        _set_moments(module, optimizer, moments)
+    return int(about["step"]), float(about["seconds"])
+
+
+def _set_moments(
+    module: nn.Module, optimizer: torch.optim.Adam, moments: dict[str, dict[str, Tensor]]
+) -> None:
+    for name, parameter in module.named_parameters():
+        if name not in moments:
+            continue
         state = optimizer.state[parameter]
         state["step"] = moments[name]["step"]
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -80,7 +103,6 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Adam) -> tuple[in
             state[moment] = torch.empty_like(parameter, requires_grad=False).copy_(
                 moments[name][moment]
             )
-    return int(about["step"]), float(about["seconds"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

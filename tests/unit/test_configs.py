@@ -14,7 +14,7 @@ import pytest
 from megatron_cogview.configs.data import DataConfig
 from megatron_cogview.configs.errors import ConfigError, refuse
 from megatron_cogview.configs.generation import GenerationConfig
-from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, TokenizerTrainingConfig
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.configs.model import AttentionConfig, ModelConfig, NormConfig
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
@@ -22,6 +22,7 @@ from megatron_cogview.configs.precision import PrecisionConfig
 from megatron_cogview.configs.presets import PRESETS, base_4b, fashion_3b, preset, tiny
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.configs.tokenizer_training import TokenizerTrainingConfig
 from megatron_cogview.configs.training import TrainingConfig
 from megatron_cogview.configs.vocab import COMMAND_TOKENS, PADDING_MULTIPLE, VocabConfig
 

@@ -64,7 +64,7 @@ def test_pictures_records_and_psnr(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", given)
     write_tar(tmp_path / "b.tar", pictures(30, start=100))
     tokenizer = Darkening(10)
-    summary = reconstruct(tmp_path, tokenizer, tmp_path / "out", limit=80)
+    summary = reconstruct([tmp_path], tokenizer, tmp_path / "out", limit=80)
     # Mean squared error 100: 10 log10(255^2 / 100).
     assert summary["psnr"] == pytest.approx(28.1308, abs=1e-3)
     assert summary["pictures"] == sum(tokenizer.batches) == 80
@@ -82,24 +82,24 @@ def test_pictures_records_and_psnr(tmp_path: Path) -> None:
 
 def test_an_exact_copy_has_a_finite_psnr(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", pictures(2))
-    assert reconstruct(tmp_path, Darkening(0), tmp_path / "out")["psnr"] == pytest.approx(100.0)
+    assert reconstruct([tmp_path], Darkening(0), tmp_path / "out")["psnr"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden"])
 def test_ids_that_cannot_name_files_are_refused(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / "a.tar", {name: pictures(1)["p-0"]})
     with pytest.raises(DataError, match="cannot name a file"):
-        reconstruct(tmp_path, Darkening(0), tmp_path / "out")
+        reconstruct([tmp_path], Darkening(0), tmp_path / "out")
 
 
 def test_repeated_ids_and_empty_input_are_refused(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path / name, pictures(1))
     with pytest.raises(DataError, match="occurs twice"):
-        reconstruct(tmp_path, Darkening(0), tmp_path / "out")
+        reconstruct([tmp_path], Darkening(0), tmp_path / "out")
     with pytest.raises(ConfigError, match="limit = 0"):
-        reconstruct(tmp_path, Darkening(0), tmp_path / "out", limit=0)
+        reconstruct([tmp_path], Darkening(0), tmp_path / "out", limit=0)
     (tmp_path / "bad").mkdir()
     write_tar(tmp_path / "bad" / "a.tar", {"x": b"no picture"})
     with pytest.raises(DataError, match="no usable pair"):
-        reconstruct(tmp_path / "bad", Darkening(0), tmp_path / "out")
+        reconstruct([tmp_path / "bad"], Darkening(0), tmp_path / "out")

@@ -1,0 +1,129 @@
+"""The paper's Figure 2: the four codebook trainings, all else equal (P-TOK-10).
+
+Trains one image tokenizer per method on the same data with the same seed, networks and schedule,
+and puts their held-out L2 curves into one plot and one table.  Each method is an ordinary training
+run in its own folder, so an interrupted comparison goes on where it stopped.
+"""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from megatron_cogview.configs.image_tokenizer import GumbelConfig
+from megatron_cogview.configs.presets import preset
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.storage.atomic import replacing, write_text
+from megatron_cogview.training.metrics import read_metrics
+from megatron_cogview.training.tokenizer_trainer import train_tokenizer
+from megatron_cogview.training.world import World
+
+logger = logging.getLogger(__name__)
+
+METHODS = {
+    "straight_through": "(a) nearest, straight-through",
+    "gumbel": "(b) Gumbel, straight-through",
+    "moving_average": "(c) nearest, moving average",
+    "fixed": "(d) nearest, fixed",
+    "moving_average_revival": "(c) with revival of dead codes",
+}
+"""Folder of each run, and what the paper calls it; the last is ours."""
+
+_COLUMNS = ("l2", "psnr", "ssim", "codes_used", "perplexity", "seconds")
+
+
+def setting(name: Literal["small", "full"]) -> RunConfig:
+    """What all methods share.
+
+    ``full`` is the paper's tokenizer as P-TOK-2..5 have it.  ``small`` runs four times on two CPU
+    cores within 20 minutes; its codebook starts from encoder outputs.
+    """
+    if name == "full":
+        return preset("base_4b")
+    base = preset("photos_64")
+    return replace(
+        base,
+        image_tokenizer=replace(
+            base.image_tokenizer,
+            hidden_size=64,
+            revive_dead_codes=False,
+            gumbel=GumbelConfig(start=1.0, end=0.05),
+        ),
+        tokenizer_training=replace(
+            base.tokenizer_training, steps=1500, batch_size=32, validate_every=100, save_every=250
+        ),
+    )
+
+
+def compare(shared: RunConfig, methods: tuple[str, ...], output: Path, world: World) -> None:
+    """Train what is not trained yet; write ``figure2.png``, ``comparison.json`` and ``.md``.
+
+    Args:
+        shared: data, networks, seed and schedule of all runs.
+        methods: names out of :data:`METHODS`.
+        output: one folder per method goes there, and the results.
+        world: the processes that train together.
+    """
+    for name in methods:
+        train_tokenizer(_run(shared, name, output), world)
+    if world.rank == 0:
+        results = {name: _result(output / name) for name in methods}
+        write_text(output / "comparison.json", json.dumps(results, indent=1) + "\n")
+        write_text(output / "comparison.md", table(results))
+        figure = draw(results)
+        with replacing(output / "figure2.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+        logger.info("%s", table(results))
+
+
+def _run(shared: RunConfig, name: str, output: Path) -> RunConfig:
+    revival = name == "moving_average_revival"
+    codebook: Any = "moving_average" if revival else name
+    tokenizer = replace(shared.image_tokenizer, codebook=codebook, revive_dead_codes=revival)
+    training = replace(shared.tokenizer_training, output=str(output / name))
+    return replace(shared, image_tokenizer=tokenizer, tokenizer_training=training)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """Final numbers of one run and its curve, ``[[step, held-out L2], ...]``."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows = read_metrics(folder / "metrics.jsonl")
+    curve = [[int(r["step"]), r["validation_l2"]] for r in rows if "validation_l2" in r]
+    return {**{name: summary[name] for name in _COLUMNS}, "curve": curve}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown; ``against (c)`` is the quotient of the L2 errors."""
+    lines = [
+        "| codebook | L2 | against (c) | PSNR, dB | SSIM | codes used | perplexity | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = results.get("moving_average", {}).get("l2")
+    for name, result in results.items():
+        quotient = f"{result['l2'] / reference:.3f}" if reference else ""
+        lines.append(
+            f"| {METHODS[name]} | {result['l2']:.5f} | {quotient} | {result['psnr']:.2f} | "
+            f"{result['ssim']:.3f} | {result['codes_used']} | {result['perplexity']:.0f} | "
+            f"{result['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, dict[str, Any]]) -> Figure:
+    """Held-out L2 over steps, one curve per method, logarithmic upwards."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, result in results.items():
+        steps, errors = zip(*result["curve"], strict=True)
+        dashed = "--" if name == "moving_average_revival" else "-"
+        axes.plot(steps, errors, dashed, linewidth=1.6, label=METHODS[name])
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out L2, pixels in [0, 1]")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    return figure

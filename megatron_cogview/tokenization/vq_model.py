@@ -1,0 +1,152 @@
+"""An image tokenizer's networks around its codebook: pictures to codes and back.
+
+Encoder and decoder are the paper's VQ-VAE or a VQGAN's.  With the former the state dict has the
+released checkpoint's keys (``enc_b.*``, ``quantize_t.*``, ``dec.*``).  Pictures are float, channels
+first, scaled by a :class:`PixelScaling`.  Knows nothing of files or of training.
+
+Shapes: B pictures, C = 3 channels, S side in pixels, D code width, H x W code grid.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
+from megatron_cogview.kernels.codebook_lookup.reference import (
+    nearest_code,
+    nearest_code_with_margin,
+)
+from megatron_cogview.tokenization import vqgan, vqvae
+from megatron_cogview.tokenization.quantizer import Place, build_quantizer, flatten_latents
+
+# fp32 networks at different batch sizes were seen to differ by less than 1e-6 of the latents'
+# length; a decision that an error of this share could change is taken again on the picture alone.
+_LATENT_ERROR = 1e-5
+
+
+class VQModelOutput(NamedTuple):
+    """One training pass."""
+
+    reconstruction_BCSS: Tensor
+    """Decoder output, fp32, not clamped."""
+    latents_BDHW: Tensor
+    """Encoder output, before the codebook, fp32."""
+    codes_BHW: Tensor
+    """int64."""
+    commitment: Tensor
+    """Scalar, not yet weighted."""
+    codebook_loss: Tensor
+    """Scalar of weight 1."""
+
+
+class VQModel(nn.Module):
+    """Encoder, codebook and decoder of one :class:`ImageTokenizerConfig`."""
+
+    def __init__(self, config: ImageTokenizerConfig, *, seed: int = 0) -> None:
+        """Weights from torch's current generator; ``seed`` keys the codebook's own draws."""
+        super().__init__()
+        network = vqgan if config.kind == "vqgan" else vqvae
+        self.enc_b: nn.Module = network.build_encoder(config)
+        self.quantize_t = build_quantizer(config, seed=seed)
+        self.dec: nn.Module = network.build_decoder(config)
+        use_channels_last(self)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution."""
+        convolutions = [m for m in self.dec.modules() if isinstance(m, nn.Conv2d)]
+        return convolutions[-1].weight
+
+    def forward(
+        self, pictures_BCSS: Tensor, place: Place | None = None, *, bf16: bool = False
+    ) -> VQModelOutput:
+        """Reconstruct pictures; the codebook does not change.
+
+        Args:
+            pictures_BCSS: scaled as the model was trained.
+            place: where in the training this pass stands; see :meth:`Quantizer.quantize`.
+            bf16: run the networks in bf16; codebook and outputs are fp32 in any case.
+        """
+        device = pictures_BCSS.device.type
+        pictures_BCSS = pictures_BCSS.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            latents_BDHW = self.enc_b(pictures_BCSS)
+        with torch.autocast(device, enabled=False):
+            latents_BDHW = latents_BDHW.float()
+            quantized = self.quantize_t.quantize(latents_BDHW, place)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            reconstruction_BCSS = self.dec(quantized.latents_BDHW)
+        return VQModelOutput(
+            reconstruction_BCSS.float(),
+            latents_BDHW,
+            quantized.codes_BHW,
+            quantized.commitment,
+            quantized.codebook_loss,
+        )
+
+    @torch.no_grad()
+    def encode_bf16(self, pictures_BCSS: Tensor) -> Tensor:
+        """Codes ``[B, H, W]`` by a bf16 encoder: fast, but near-ties fall differently from fp32
+        and from one batch size to another.
+        """
+        pictures_BCSS = pictures_BCSS.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(pictures_BCSS.device.type, torch.bfloat16):
+            latents_BDHW = self.enc_b(pictures_BCSS)
+        codes_N = nearest_code(flatten_latents(latents_BDHW), self.quantize_t.embed.t())
+        batch, _, height, width = latents_BDHW.shape
+        return codes_N.view(batch, height, width)
+
+    @torch.no_grad()
+    def encode(self, pictures_BCSS: Tensor) -> Tensor:
+        """Codes ``[B, H, W]``, int64; a picture's codes do not depend on its batch.
+
+        Convolutions round differently in different batches.  Pictures in which that could change
+        the nearest code of any vector are encoded again, alone, so that every batch agrees.
+        """
+        # One layout and fresh memory: what the caller's tensor is a view of must not matter.
+        pictures = pictures_BCSS.clone(memory_format=torch.channels_last)
+        codebook_KD = self.quantize_t.embed.t().contiguous()
+        latents_BDHW = self._latents(pictures)
+        batch, _, height, width = latents_BDHW.shape
+        vectors_ND = flatten_latents(latents_BDHW)
+        found = nearest_code_with_margin(vectors_ND, codebook_KD)
+        codes_BHW = found.indices_N.view(batch, height, width)
+        if batch == 1:
+            return codes_BHW
+        longest_B1 = vectors_ND.norm(dim=1).view(batch, -1).amax(1, keepdim=True)
+        # Moving a vector by e changes the margin by at most 2 |e| times the codes' distance, which
+        # is at most the sum of their distances to the vector; twice that for the two batches.
+        reach_BN = (found.distance_N.sqrt() + (found.distance_N + found.margin_N).sqrt()).view(
+            batch, -1
+        )
+        doubt_BN = found.margin_N.view(batch, -1) <= 4 * _LATENT_ERROR * longest_B1 * reach_BN
+        for index in torch.nonzero(doubt_BN.any(1)).flatten().tolist():
+            alone = pictures[index : index + 1].clone(memory_format=torch.channels_last)
+            vectors = flatten_latents(self._latents(alone))
+            codes_BHW[index] = nearest_code(vectors, codebook_KD).view(height, width)
+        return codes_BHW
+
+    @torch.no_grad()
+    def decode(self, codes_BHW: Tensor) -> Tensor:
+        """Scaled pictures ``[B, 3, S, S]`` of int64 codes, not clamped."""
+        latents = self.quantize_t.lookup(codes_BHW)
+        pictures: Tensor = self.dec(latents.contiguous(memory_format=torch.channels_last))
+        return pictures
+
+    def _latents(self, pictures_BCSS: Tensor) -> Tensor:
+        """Encoder outputs in full fp32, whatever the caller's autocast says."""
+        device = pictures_BCSS.device.type
+        exact = torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        )
+        with torch.autocast(device, enabled=False), exact:
+            latents: Tensor = self.enc_b(pictures_BCSS.float())
+        return latents
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Lay out the convolutions' weights as CPUs compute them fastest."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
