@@ -28,6 +28,8 @@ from megatron_cogview.configs.vocab import COMMAND_TOKENS, PADDING_MULTIPLE, Voc
 
 PARAMETERS = {
     "tiny": 937_728,
+    "tiny_vqgan": 937_728,
+    "photos_64": 19_507_712,
     "base_363m": 363_292_672,
     "fashion_3b": 2_988_702_720,
     "base_4b": 3_929_175_040,
@@ -40,6 +42,36 @@ PARAMETERS = {
 def test_parameter_count(name: str) -> None:
     assert preset(name).model.num_params() == PARAMETERS[name]
     assert preset(name).preset == name
+
+
+def test_tuples_from_json_are_checked_item_by_item() -> None:
+    value = tiny().to_dict()
+    value["sequence"]["codes_per_side"] = ["8"]
+    with pytest.raises(
+        ConfigError, match=r"sequence\.codes_per_side\[0\] = '8': must be of type int"
+    ):
+        RunConfig.from_json(json.dumps(value))
+    value["sequence"]["codes_per_side"] = 8
+    with pytest.raises(ConfigError, match=r"sequence\.codes_per_side = 8: must be a list"):
+        RunConfig.from_json(json.dumps(value))
+
+
+def test_the_demos_tokenizers_are_interchangeable() -> None:
+    """Same pictures, grid and codes: everything after the tokenizer uses ``tiny``."""
+    one, other = tiny(), preset("tiny_vqgan")
+    assert other.image_tokenizer.kind == "vqgan"
+    assert other.tokenizer_training.adversarial.weight > 0
+    assert (
+        replace(
+            other,
+            preset="tiny",
+            image_tokenizer=one.image_tokenizer,
+            tokenizer_training=one.tokenizer_training,
+        )
+        == one
+    )
+    for name in ("image_size", "codes_per_side", "num_codes"):
+        assert getattr(one.image_tokenizer, name) == getattr(other.image_tokenizer, name)
 
 
 def test_pre_norm_has_half_the_norms() -> None:
@@ -194,6 +226,21 @@ REFUSALS: list[tuple[Callable[[], object], str, object]] = [
     (lambda: ImageTokenizerConfig(ema_decay=1.0), "image_tokenizer.ema_decay", 1.0),
     (lambda: TokenizerTrainingConfig(lr=-1.0), "tokenizer_training.lr", -1.0),
     (lambda: TokenizerTrainingConfig(steps=0), "tokenizer_training.steps", 0),
+    (
+        lambda: TokenizerTrainingConfig(random_crop=-0.1),
+        "tokenizer_training.random_crop",
+        -0.1,
+    ),
+    (
+        lambda: TokenizerTrainingConfig(perceptual_weight=1.0),
+        "tokenizer_training.perceptual_weights",
+        "",
+    ),
+    (
+        lambda: TokenizerTrainingConfig(validate_every=0),
+        "tokenizer_training.validate_every",
+        0,
+    ),
     (
         lambda: TokenizerTrainingConfig(validation_fraction=0.0),
         "tokenizer_training.validation_fraction",
