@@ -107,7 +107,12 @@ def photos_64() -> RunConfig:
             revive_dead_codes=True,
         ),
         tokenizer_training=TokenizerTrainingConfig(
-            steps=3000, batch_size=32, lr=1e-3, warmup_steps=50, validate_every=250
+            steps=2000,
+            batch_size=32,
+            lr=1e-3,
+            warmup_steps=50,
+            codebook_warmup_steps=200,
+            validate_every=250,
         ),
         training=TrainingConfig(global_batch_size=64, micro_batch_size=16),
     )

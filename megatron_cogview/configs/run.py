@@ -69,6 +69,14 @@ class RunConfig:
                 f"{self.image_tokenizer.codes_per_side} codes a side",
             )
 
+        warmup = self.tokenizer_training.codebook_warmup_steps
+        if warmup and self.image_tokenizer.codebook_init != "data":
+            raise refuse(
+                "tokenizer_training.codebook_warmup_steps",
+                warmup,
+                "needs image_tokenizer.codebook_init = 'data'",
+            )
+
     def check_layout(self, world_size: int) -> None:
         """Refuse a parallel layout that this model cannot be split into.
 

@@ -60,6 +60,9 @@ class TokenizerTrainingConfig:
     """Adam's learning rate after warm-up; it decays to a tenth along a cosine."""
     warmup_steps: int = 500
     """Steps of linear warm-up."""
+    codebook_warmup_steps: int = 0
+    """Steps in which the decoder sees the encoder's outputs themselves; after them the codebook is
+    drawn (``image_tokenizer.codebook_init`` = ``data``) from an encoder that has learned."""
     reconstruction: Literal["l2", "l1"] = "l2"
     """Error of pixels that is trained on: L2 as the paper, or L1 as VQGANs do."""
     perceptual_weight: float = 0.0
@@ -96,6 +99,12 @@ class TokenizerTrainingConfig:
                 )
         if self.lr <= 0:
             raise refuse("tokenizer_training.lr", self.lr, "must be positive")
+        if not 0 <= self.codebook_warmup_steps < self.steps:
+            raise refuse(
+                "tokenizer_training.codebook_warmup_steps",
+                self.codebook_warmup_steps,
+                f"must be in 0..{self.steps - 1}, below tokenizer_training.steps",
+            )
         if not 0.0 < self.validation_fraction < 1.0:
             raise refuse(
                 "tokenizer_training.validation_fraction",

@@ -51,7 +51,10 @@ class ImageTokenizer(Protocol):
 
 
 class VQTokenizer:
-    """:class:`ImageTokenizer` by a trained :class:`VQModel`."""
+    """:class:`ImageTokenizer` by a trained :class:`VQModel`.
+
+    ``model`` and ``pixels``, the networks and the scaling they want, are there for studies.
+    """
 
     def __init__(
         self,
@@ -62,12 +65,12 @@ class VQTokenizer:
         encoder_precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         """See :func:`load_image_tokenizer`."""
-        self._model = model
+        self.model = model
         self._config = config
         self._fingerprint = fingerprint
-        self._pixels = pixels
+        self.pixels = pixels
         bf16 = encoder_precision == "bf16"
-        self._encode_pass = self._model.encode_bf16 if bf16 else self._model.encode
+        self._encode_pass = self.model.encode_bf16 if bf16 else self.model.encode
 
     @property
     def config(self) -> ImageTokenizerConfig:
@@ -101,7 +104,7 @@ class VQTokenizer:
         if images_NHWC.shape[0] == 0:
             return torch.empty((0, grid, grid), dtype=torch.int64)
         passes = torch.split(images_NHWC, _PICTURES_PER_PASS)
-        scaled = (self._pixels.to_float(part.to(self._device)) for part in passes)
+        scaled = (self.pixels.to_float(part.to(self._device)) for part in passes)
         return torch.cat([self._encode_pass(part).cpu() for part in scaled])
 
     def decode(self, codes_NHW: Tensor) -> Tensor:
@@ -137,12 +140,12 @@ class VQTokenizer:
                 "pass image codes without the vocabulary's offset"
             )
         passes = torch.split(codes_NHW, _PICTURES_PER_PASS)
-        pictures = (self._model.decode(part.to(self._device)) for part in passes)
-        return torch.cat([self._pixels.to_uint8(part).cpu() for part in pictures])
+        pictures = (self.model.decode(part.to(self._device)) for part in passes)
+        return torch.cat([self.pixels.to_uint8(part).cpu() for part in pictures])
 
     @property
     def _device(self) -> torch.device:
-        return self._model.quantize_t.embed.device
+        return self.model.quantize_t.embed.device
 
 
 def save_image_tokenizer(

@@ -370,6 +370,14 @@ def build_quantizer(config: ImageTokenizerConfig, *, seed: int = 0) -> Quantizer
             return Quantizer(*sizes, seed=seed)
 
 
+def pass_by(latents_BDHW: Tensor) -> Quantized:
+    """The latents themselves, without codes: what is trained before there is a codebook."""
+    batch, _, height, width = latents_BDHW.shape
+    no_codes_BHW = latents_BDHW.new_zeros((batch, height, width), dtype=torch.int64)
+    nothing = latents_BDHW.new_zeros(())
+    return Quantized(latents_BDHW, no_codes_BHW, nothing, nothing)
+
+
 def flatten_latents(latents_BDHW: Tensor) -> Tensor:
     """``[B, D, H, W]`` -> ``[B H W, D]``, row-major over picture, row, column."""
     return latents_BDHW.permute(0, 2, 3, 1).reshape(-1, latents_BDHW.shape[1])

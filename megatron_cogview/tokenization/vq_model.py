@@ -18,7 +18,12 @@ from megatron_cogview.kernels.codebook_lookup.reference import (
     nearest_code_with_margin,
 )
 from megatron_cogview.tokenization import vqgan, vqvae
-from megatron_cogview.tokenization.quantizer import Place, build_quantizer, flatten_latents
+from megatron_cogview.tokenization.quantizer import (
+    Place,
+    build_quantizer,
+    flatten_latents,
+    pass_by,
+)
 
 # fp32 networks at different batch sizes were seen to differ by less than 1e-6 of the latents'
 # length; a decision that an error of this share could change is taken again on the picture alone.
@@ -59,7 +64,12 @@ class VQModel(nn.Module):
         return convolutions[-1].weight
 
     def forward(
-        self, pictures_BCSS: Tensor, place: Place | None = None, *, bf16: bool = False
+        self,
+        pictures_BCSS: Tensor,
+        place: Place | None = None,
+        *,
+        bf16: bool = False,
+        through_codes: bool = True,
     ) -> VQModelOutput:
         """Reconstruct pictures; the codebook does not change.
 
@@ -67,6 +77,8 @@ class VQModel(nn.Module):
             pictures_BCSS: scaled as the model was trained.
             place: where in the training this pass stands; see :meth:`Quantizer.quantize`.
             bf16: run the networks in bf16; codebook and outputs are fp32 in any case.
+            through_codes: give the decoder codes; else it sees the latents, nothing is lost to the
+                codebook, and the quantiser's losses are 0.
         """
         device = pictures_BCSS.device.type
         pictures_BCSS = pictures_BCSS.contiguous(memory_format=torch.channels_last)
@@ -74,7 +86,10 @@ class VQModel(nn.Module):
             latents_BDHW = self.enc_b(pictures_BCSS)
         with torch.autocast(device, enabled=False):
             latents_BDHW = latents_BDHW.float()
-            quantized = self.quantize_t.quantize(latents_BDHW, place)
+            if through_codes:
+                quantized = self.quantize_t.quantize(latents_BDHW, place)
+            else:
+                quantized = pass_by(latents_BDHW)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             reconstruction_BCSS = self.dec(quantized.latents_BDHW)
         return VQModelOutput(

@@ -104,8 +104,6 @@ class _Run:
         training, parts = self.training, self.update.parts
         checkpoints = self.output / "checkpoints"
         start, seconds_before = load_newest(checkpoints, parts)
-        if start == 0 and self.tokenizer.codebook_init == "data":
-            self.update.draw_codebook(self._batch)
         began = time.monotonic()
         main = self.world.rank == 0
         deterministic = torch.backends.cudnn.flags(
@@ -151,6 +149,9 @@ class _Run:
 
     def _step(self, step: int) -> dict[str, Tensor]:
         """One update; gives this process's shares of the losses."""
+        drawn = self.tokenizer.codebook_init == "data"
+        if drawn and step == self.training.codebook_warmup_steps:
+            self.update.draw_codebook(step, self._batch)
         pictures_BCSS = self._batch(step, (self.world.rank, self.world.size))
         losses, codes_N = self.update(step, pictures_BCSS)
         self.code_counts += torch.bincount(codes_N, minlength=len(self.code_counts))

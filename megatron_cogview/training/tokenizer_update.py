@@ -76,10 +76,11 @@ class TokenizerUpdate:
             self.parts["discriminator"] = Part(self.discriminator, critic_optimizer)
 
     @torch.no_grad()
-    def draw_codebook(self, batch: Callable[[int, tuple[int, int]], Tensor]) -> None:
-        """Codebook from the encoder outputs of the first batches.
+    def draw_codebook(self, step: int, batch: Callable[[int, tuple[int, int]], Tensor]) -> None:
+        """Codebook from the encoder outputs of the batches from ``step`` on.
 
         Args:
+            step: the one that is about to be done.
             batch: pictures of (step, (rank, number of processes)).
         """
         per_batch = self.training.batch_size * self.tokenizer.codes_per_side**2
@@ -88,8 +89,8 @@ class TokenizerUpdate:
         # vectors must stand in the order that a single process has.
         size = self.world.size
         vectors = [
-            flatten_latents(self.model.enc_b(batch(step, (rank, size))))
-            for step in range(min(batches, _MOST_START_BATCHES))
+            flatten_latents(self.model.enc_b(batch(step + i, (rank, size))))
+            for i in range(min(batches, _MOST_START_BATCHES))
             for rank in range(size)
         ]
         quantizer = self.model.quantize_t
@@ -111,7 +112,8 @@ class TokenizerUpdate:
         rate = self.rate(step)
         first, _ = part_of_batch(self.training.batch_size, (self.world.rank, self.world.size))
         place = Place(step, step / self.training.steps, first)
-        result = self.model(pictures_BCSS, place, bf16=self.bf16)
+        warm = step >= self.training.codebook_warmup_steps
+        result = self.model(pictures_BCSS, place, bf16=self.bf16, through_codes=warm)
         losses = self._reconstruction_losses(result, pictures_BCSS)
         total = losses["reconstruction_loss"] + losses["codebook_loss"]
         total = total + self.tokenizer.commitment * losses["commitment_loss"]
@@ -124,12 +126,13 @@ class TokenizerUpdate:
         losses["loss"] = total
         self._descend("model", total, rate)
         codes_N = result.codes_BHW.flatten()
-        self.model.quantize_t.update(
-            flatten_latents(result.latents_BDHW.detach()),
-            codes_N,
-            step=step,
-            group=self.world.group,
-        )
+        if warm:
+            self.model.quantize_t.update(
+                flatten_latents(result.latents_BDHW.detach()),
+                codes_N,
+                step=step - self.training.codebook_warmup_steps,
+                group=self.world.group,
+            )
         if active:
             copy_BCSS = result.reconstruction_BCSS.detach()
             losses["discriminator_loss"] = self._teach_discriminator(pictures_BCSS, copy_BCSS, rate)
