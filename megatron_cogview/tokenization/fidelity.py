@@ -22,6 +22,8 @@ _PIXELS_PER_BATCH = 1 << 22
 _WINDOW = 11
 _DEVIATION = 1.5
 _C1, _C2 = (0.01 * 255.0) ** 2, (0.03 * 255.0) ** 2
+# Far below the rounding of pixels to whole levels, which gives 1 / 12; flat pictures have less.
+_NO_POWER = 1e-6
 # Rec. 601.
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -88,7 +90,9 @@ def power_spectrum(pictures_VSSC: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 def spectrum_distance(original_VSSC: NDArray[np.uint8], copy_VSSC: NDArray[np.uint8]) -> float:
     """Root mean square over the frequencies of how far two power spectra are apart, in dB."""
-    quotient_R = power_spectrum(copy_VSSC) / power_spectrum(original_VSSC)
+    quotient_R = (power_spectrum(copy_VSSC) + _NO_POWER) / (
+        power_spectrum(original_VSSC) + _NO_POWER
+    )
     return float(np.sqrt(np.mean(np.square(10.0 * np.log10(quotient_R)))))
 
 

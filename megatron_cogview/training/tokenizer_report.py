@@ -26,7 +26,12 @@ _BATCH = 64
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """exp of the entropy of the code distribution: how many codes are used as if evenly."""
+    """exp of the entropy of the code distribution: how many codes are used as if evenly.
+
+    NaN without any count.
+    """
+    if not bool(counts.any()):
+        return math.nan
     share = counts[counts > 0].double() / counts.sum()
     return math.exp(-float((share * share.log()).sum()))
 
@@ -38,8 +43,9 @@ def judge(
 
     Returns:
         ``l1``, ``l2``, ``psnr`` and ``ssim`` (means over the pictures; see :mod:`fidelity`),
-        ``psnr_pooled`` (of the mean squared error over all), ``codes_used``, ``perplexity`` and
-        ``pictures_judged``; and the first pictures with their reconstructions below.
+        ``psnr_pooled`` (of the mean squared error over all), ``spectrum_distance`` (dB),
+        ``codes_used``, ``perplexity`` and ``pictures_judged``; and the first pictures with their
+        reconstructions below.
     """
     counts = torch.zeros(tokenizer.config.num_codes, dtype=torch.int64)
     copies = []
@@ -56,6 +62,7 @@ def judge(
         "psnr": float(fidelity.psnr(pictures_VSSC, copies_VSSC).mean()),
         "psnr_pooled": min(fidelity.HIGHEST_PSNR, pooled),
         "ssim": float(fidelity.ssim(pictures_VSSC, copies_VSSC).mean()),
+        "spectrum_distance": fidelity.spectrum_distance(pictures_VSSC, copies_VSSC),
         "codes_used": int((counts > 0).sum()),
         "perplexity": perplexity(counts),
         "pictures_judged": len(pictures_VSSC),

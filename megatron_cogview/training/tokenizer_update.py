@@ -107,7 +107,8 @@ class TokenizerUpdate:
             pictures_BCSS: this process's part of the batch, in [-1, 1].
 
         Returns:
-            this process's shares of the global losses, by name; and its codes.
+            this process's shares of the global losses, by name; and its codes, none before there
+            is a codebook.
         """
         rate = self.rate(step)
         first, _ = part_of_batch(self.training.batch_size, (self.world.rank, self.world.size))
@@ -125,7 +126,7 @@ class TokenizerUpdate:
             total = total + losses["adversarial_weight"] * losses["adversarial_loss"]
         losses["loss"] = total
         self._descend("model", total, rate)
-        codes_N = result.codes_BHW.flatten()
+        codes_N = result.codes_BHW.flatten() if warm else result.codes_BHW.new_empty(0)
         if warm:
             self.model.quantize_t.update(
                 flatten_latents(result.latents_BDHW.detach()),

@@ -275,6 +275,37 @@ def test_adversarial_weight_balances_the_gradients_of_the_last_layer(data: Path)
     torch.testing.assert_close(losses["loss"], whole.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_codebook_drawn_late_starts_from_a_trained_encoder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it there are no codes and no losses of theirs; a resume across it is exact."""
+    late: dict[str, Any] = {"codebook_warmup_steps": 6, "log_every": 1}
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        if name == "other":
+            step = tokenizer_trainer._Run._step
+
+            def killed(self: Any, number: int, inner: Any = step) -> Any:
+                if number == 6:
+                    raise KeyboardInterrupt
+                return inner(self, number)
+
+            monkeypatch.setattr(tokenizer_trainer._Run, "_step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train_tokenizer(config(data, folder, **late), CPU)
+            monkeypatch.setattr(tokenizer_trainer._Run, "_step", step)
+        train_tokenizer(config(data, folder, **late), CPU)
+    curve = rows(tmp_path / "one")
+    assert [r["commitment_loss"] == 0.0 for r in curve] == [True] * 6 + [False] * 6
+    assert [r["codes_in_use"] > 0 for r in curve] == [False] * 6 + [True] * 6
+    assert curve[5]["perplexity"] is None
+    for name in ("image_tokenizer.safetensors", "checkpoints/step-000000012.safetensors"):
+        one, other = load_file(tmp_path / "one" / name), load_file(tmp_path / "other" / name)
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    with pytest.raises(ConfigError, match=r"codebook_warmup_steps = 12"):
+        config(data, tmp_path, codebook_warmup_steps=12)
+
+
 def test_bf16_networks_train_fp32_weights(data: Path, tmp_path: Path) -> None:
     """Losses near fp32's; weights, moments and codebook stay fp32; fp32 cannot take over."""
     output = tmp_path / "bf16"
