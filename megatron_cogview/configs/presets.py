@@ -100,7 +100,7 @@ def photos_64() -> RunConfig:
         image_tokenizer=ImageTokenizerConfig(
             image_size=64,
             downsampling_layers=2,
-            hidden_size=128,
+            hidden_size=64,
             code_dim=64,
             num_codes=1024,
             codebook_init="data",

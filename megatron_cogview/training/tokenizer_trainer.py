@@ -123,7 +123,7 @@ class _Run:
                     speed = (done - logged) * training.batch_size / max(now - logged_at, 1e-9)
                     values["pictures_per_second"] = speed
                     logged, logged_at = done, now
-                if main and (done % training.validate_every == 0 or done == training.steps):
+                if main and self._is_validated(done):
                     values |= self._validate(done, log)
                 if values:
                     log.write(done, values)
@@ -132,6 +132,12 @@ class _Run:
                     save_checkpoint(checkpoints, parts, step=done, seconds=spent)
         if main:
             self._finish(seconds_before + time.monotonic() - began)
+
+    def _is_validated(self, done: int) -> bool:
+        """There is nothing to judge before there is a codebook."""
+        training = self.training
+        due = done % training.validate_every == 0 or done == training.steps
+        return due and done > training.codebook_warmup_steps
 
     def _batch(self, step: int, part: tuple[int, int]) -> Tensor:
         """Part (rank, number of processes) of a step's pictures, fp32 ``[B, 3, S, S]``."""

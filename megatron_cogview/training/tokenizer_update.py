@@ -163,6 +163,8 @@ class TokenizerUpdate:
             "reconstruction_loss": l1 if self.training.reconstruction == "l1" else l2,
             "commitment_loss": result.commitment * share,
             "codebook_loss": result.codebook_loss * share,
+            # The commitment loss over this is the share of the latents that the codes miss.
+            "latent_power": result.latents_BDHW.detach().square().mean() * share,
             # In units of pixels in [0, 1], as at validation.
             "l1": l1.detach() / 2.0,
             "l2": l2.detach() / 4.0,

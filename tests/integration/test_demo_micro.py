@@ -77,6 +77,19 @@ def test_a_second_run_skips_every_stage(finished: Path) -> None:
     assert (finished / "report.json").stat().st_mtime_ns == before
 
 
+def test_a_vqgan_takes_the_vqvaes_place(tmp_path: Path) -> None:
+    """The whole path again, with a discriminator at work in the image tokenizer's training."""
+    run = tmp_path / "run"
+    done = demo("--output", str(run), "--image-tokenizer", "tiny_vqgan")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    used = json.loads((run / "image_tokenizer" / "config.json").read_text(encoding="utf-8"))
+    assert used["image_tokenizer"]["kind"] == "vqgan"
+    last = (run / "image_tokenizer" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    assert json.loads(last)["discriminator_loss"] > 0.0
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["counts"]["generated"] == 240
+
+
 def test_a_missing_data_folder_is_one_error(tmp_path: Path) -> None:
     done = demo("--output", str(tmp_path / "run"), "--data", str(tmp_path / "absent"))
     assert done.returncode == 1
