@@ -299,6 +299,8 @@ def test_a_codebook_drawn_late_starts_from_a_trained_encoder(
     assert [r["commitment_loss"] == 0.0 for r in curve] == [True] * 6 + [False] * 6
     assert [r["codes_in_use"] > 0 for r in curve] == [False] * 6 + [True] * 6
     assert curve[5]["perplexity"] is None
+    # Validation is due after steps 6 and 12; after 6 there is no codebook yet.
+    assert [r["step"] for r in curve if "validation_l2" in r] == [12]
     for name in ("image_tokenizer.safetensors", "checkpoints/step-000000012.safetensors"):
         one, other = load_file(tmp_path / "one" / name), load_file(tmp_path / "other" / name)
         assert all(torch.equal(value, other[key]) for key, value in one.items())
