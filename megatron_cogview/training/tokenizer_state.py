@@ -76,12 +76,11 @@ def _load(path: Path, parts: dict[str, Part]) -> tuple[int, float]:
         about = json.loads((file.metadata() or {})[_METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for part, (module, optimizer) in parts.items():
-        names = [name for name, _ in module.named_parameters()]
-        learned = f"{part}.adam.step.{names[0]}" in tensors
+        # A parameter that has had no gradient yet (a codebook before its start) has no moments.
         moments = {
             name: {moment: tensors[f"{part}.adam.{moment}.{name}"] for moment in _MOMENTS}
-            for name in names
-            if learned
+            for name, _ in module.named_parameters()
+            if f"{part}.adam.step.{name}" in tensors
         }
         module.load_state_dict(
             {name: tensors[f"{part}.{name}"] for name in module.state_dict()}, strict=True

@@ -275,8 +275,9 @@ def test_adversarial_weight_balances_the_gradients_of_the_last_layer(data: Path)
     torch.testing.assert_close(losses["loss"], whole.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["moving_average", "straight_through"])
 def test_a_codebook_drawn_late_starts_from_a_trained_encoder(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it there are no codes and no losses of theirs; a resume across it is exact."""
     late: dict[str, Any] = {"codebook_warmup_steps": 6, "log_every": 1}
@@ -292,9 +293,10 @@ def test_a_codebook_drawn_late_starts_from_a_trained_encoder(
 
             monkeypatch.setattr(tokenizer_trainer._Run, "_step", killed)
             with pytest.raises(KeyboardInterrupt):
-                train_tokenizer(config(data, folder, **late), CPU)
+                train_tokenizer(config(data, folder, variant, **late), CPU)
             monkeypatch.setattr(tokenizer_trainer._Run, "_step", step)
-        train_tokenizer(config(data, folder, **late), CPU)
+            assert (folder / "checkpoints" / "step-000000005.safetensors").is_file()
+        train_tokenizer(config(data, folder, variant, **late), CPU)
     curve = rows(tmp_path / "one")
     assert [r["commitment_loss"] == 0.0 for r in curve] == [True] * 6 + [False] * 6
     assert [r["codes_in_use"] > 0 for r in curve] == [False] * 6 + [True] * 6
