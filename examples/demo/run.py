@@ -51,7 +51,8 @@ SIZES = {
         fresh=40,
         tokenizer="--tokenizer-training.steps 12 --tokenizer-training.save-every 6 "
         "--tokenizer-training.log-every 3 --tokenizer-training.warmup-steps 2 "
-        "--tokenizer-training.batch-size 16 --tokenizer-training.adversarial.start-step 6",
+        "--tokenizer-training.batch-size 16 --tokenizer-training.adversarial.start-step 6 "
+        "--tokenizer-training.codebook-warmup-steps 0",
         pretrain="--training.steps 10 --training.save-every 5 --training.log-every 2 "
         "--training.global-batch-size 16 --training.micro-batch-size 16 "
         "--training.validate-every 10 --training.validation-batches 1",

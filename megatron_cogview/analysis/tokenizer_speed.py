@@ -10,8 +10,10 @@ import ctypes
 import gc
 import itertools
 import logging
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,19 +93,51 @@ def report(settings: Settings) -> dict[str, Any]:
     ]
     if settings.image_tokenizer is None:
         with torch.no_grad():
-            vectors = torch.cat([flatten_latents(model.enc_b(batch)) for batch in batches])
+            vectors = torch.cat([flatten_latents(_latents(model, batch)) for batch in batches])
             model.quantize_t.initialise_from(vectors)
-    on_gpu = torch.device(settings.device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **_machine(torch.device(settings.device)),
         "batch_size": settings.batch_size,
         "image_size": side,
         "codebook": list(model.quantize_t.embed.shape),
         **measure(Subject(model, batches[0]), settings.repeats),
         "bf16": bf16_mismatch(model, batches),
     }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What a figure must carry to be compared with another: hardware, versions, commit."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name; Linux does not tell it through ``platform``."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def _commit() -> str | None:
+    """Of the checkout this file is in, ``-dirty`` if changed; None for an installed package."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _model(settings: Settings) -> tuple[VQModel, PixelScaling, int]:
@@ -164,7 +198,8 @@ def measure(subject: Subject, repeats: int) -> dict[str, Any]:
         and ``memory_ratio`` (ours over released); ``codes_differ`` between the two ways.
     """
     model, pictures_BCSS = subject
-    vectors_ND = flatten_latents(model.enc_b(pictures_BCSS)).contiguous()
+    device = pictures_BCSS.device
+    vectors_ND = flatten_latents(_latents(model, pictures_BCSS)).contiguous()
     embed_DK = model.quantize_t.embed.detach()
     report: dict[str, Any] = {
         "quantizer": _compare(
@@ -172,12 +207,14 @@ def measure(subject: Subject, repeats: int) -> dict[str, Any]:
             lambda: released_codes(vectors_ND, embed_DK),
             len(pictures_BCSS),
             repeats,
+            device,
         ),
         "encode": _compare(
             lambda: model.encode(pictures_BCSS),
-            lambda: released_codes(flatten_latents(model.enc_b(pictures_BCSS)), embed_DK),
+            lambda: released_codes(flatten_latents(_latents(model, pictures_BCSS)), embed_DK),
             len(pictures_BCSS),
             repeats,
+            device,
         ),
     }
     ours, released = our_codes(vectors_ND, embed_DK)[0], released_codes(vectors_ND, embed_DK)[0]
@@ -198,7 +235,7 @@ def bf16_mismatch(model: VQModel, batches: list[Tensor]) -> dict[str, float]:
     embed_KD = model.quantize_t.embed.detach().t().double()
     total, quotients = 0, []
     for pictures_BCSS in batches:
-        vectors_ND = flatten_latents(model.enc_b(pictures_BCSS)).double()
+        vectors_ND = flatten_latents(_latents(model, pictures_BCSS)).double()
         exact_N = model.encode(pictures_BCSS).flatten()
         rough_N = model.encode_bf16(pictures_BCSS).flatten()
         differing = exact_N != rough_N
@@ -216,6 +253,13 @@ def bf16_mismatch(model: VQModel, batches: list[Tensor]) -> dict[str, float]:
     }
 
 
+def _latents(model: VQModel, pictures_BCSS: Tensor) -> Tensor:
+    """Encoder outputs in fp32; torch lets cuDNN's convolutions run in TF32 unless told not to."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        latents_BDHW: Tensor = model.enc_b(pictures_BCSS)
+    return latents_BDHW
+
+
 def smooth_pictures(number: int, side: int, seed: int = 0) -> NDArray[np.uint8]:
     """Random pictures ``[number, side, side, 3]`` with more power at low frequencies."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,13 +273,17 @@ def smooth_pictures(number: int, side: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def _compare(
-    ours: Callable[[], Any], released: Callable[[], Any], pictures: int, repeats: int
+    ours: Callable[[], Any],
+    released: Callable[[], Any],
+    pictures: int,
+    repeats: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     ways = {"ours": ours, "released": released}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, run in ways.items():
-            seconds = _seconds(run)
+            seconds = _seconds(run, device)
             if repeat > 0:
                 times[name].append(seconds)
     result: dict[str, Any] = {}
@@ -244,7 +292,7 @@ def _compare(
         result[name] = {
             "seconds": seconds,
             "pictures_per_second": pictures / seconds,
-            "peak_bytes": peak_bytes(run),
+            "peak_bytes": peak_bytes(run, device),
         }
     mine, theirs = result["ours"], result["released"]
     result["speedup"] = theirs["seconds"] / mine["seconds"]
@@ -252,28 +300,29 @@ def _compare(
     return result
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - begin
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most memory that ``run`` held beyond what was held before.
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most memory of ``device`` that ``run`` held beyond what was held before.
 
     On a GPU by torch's allocator; on a CPU as the growth of the resident set of a child process.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    # By the device that is measured: a machine with a GPU measures its CPU too.
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

@@ -59,11 +59,13 @@ def reconstruct(
         reason, and the tokenizer's ``fingerprint``.
 
     Raises:
-        ConfigError: ``limit`` below 1.
+        ConfigError: ``limit`` below 1, or no folder.
         DataError: no tars, no usable pair, or ids that cannot name files.
     """
     if limit < 1:
         raise refuse("limit", limit, "must be at least 1")
+    if not folders:
+        raise refuse("data", folders, "name at least one folder of tars")
     sources = [WebDatasetTars(folder) for folder in folders]
     for source in sources:
         source.check()
@@ -71,9 +73,12 @@ def reconstruct(
     outcome = _Outcome()
     with tqdm(total=limit, desc="reconstruct", unit="picture", mininterval=1.0) as bar:
         for source, path in ((s, path) for s in sources for path in s.shards()):
+            # Counted here: a progress bar that is switched off does not count.
+            if len(outcome.records) == limit:
+                break
             metadata = _metadata(path)
             items = source.read(path)
-            while chunk := list(itertools.islice(items, min(BATCH, limit - bar.n))):
+            while chunk := list(itertools.islice(items, min(BATCH, limit - len(outcome.records)))):
                 bar.update(_reconstruct_chunk(chunk, metadata, tokenizer, output, outcome))
     if not outcome.records:
         where = ", ".join(str(folder) for folder in folders)
@@ -125,7 +130,7 @@ def _reconstruct_chunk(
         _save(output / f"{pair.id}.png", Image.fromarray(copy))
         outcome.records.append({**metadata.get(pair.id, {}), "id": pair.id, "psnr": p, "ssim": s})
         if len(outcome.shown) < SHEET_PAIRS:
-            outcome.shown.append((original, copy, f"{p:.1f} dB  SSIM {s:.3f}"))
+            outcome.shown.append((original, copy, f"{p:.1f} dB  {s:.2f}"))
     return len(pairs)
 
 

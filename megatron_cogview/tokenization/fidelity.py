@@ -1,7 +1,7 @@
 """How near reconstructions are to their pictures: pixel errors, SSIM, and power spectra.
 
-All functions take uint8 pictures ``[V, S, S, 3]`` and work in small batches.  Knows nothing of
-networks.
+All functions take uint8 pictures ``[V, S, S, 3]``, as many copies as originals (ValueError
+otherwise), and work in small batches.  Knows nothing of networks.
 
 Shapes: V pictures, S side, C = 3 channels, R whole spatial frequencies.
 """
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 HIGHEST_PSNR = 100.0
 """Given for a picture without any error, where the formula has no value."""
 
-_PIXELS_PER_BATCH = 1 << 22
+# Few enough that SSIM's intermediate pictures stay in a processor's cache: twice as fast.
+_VALUES_PER_BATCH = 1 << 19
 # SSIM as published: window of 11 with deviation 1.5, constants of 1 % and 3 % of the peak.
 _WINDOW = 11
 _DEVIATION = 1.5
@@ -51,7 +51,7 @@ def ssim(original_VSSC: NDArray[np.uint8], copy_VSSC: NDArray[np.uint8]) -> NDAr
     where it lies inside the picture.
     """
     values = []
-    for rows in _batches(original_VSSC):
+    for rows in _batches(original_VSSC, copy_VSSC):
         pair = (original_VSSC[rows], copy_VSSC[rows])
         x_BCSS, y_BCSS = (torch.from_numpy(p).permute(0, 3, 1, 2).double() for p in pair)
         side = min(x_BCSS.shape[2:])
@@ -101,14 +101,18 @@ def _mean_over_pictures(
 ) -> NDArray[np.float64]:
     values = [
         measure((original_VSSC[rows].astype(np.float64) - copy_VSSC[rows]) / 255.0).mean((1, 2, 3))
-        for rows in _batches(original_VSSC)
+        for rows in _batches(original_VSSC, copy_VSSC)
     ]
     return np.concatenate(values)
 
 
-def _batches(pictures_VSSC: NDArray[np.uint8]) -> Iterator[slice]:
-    step = max(1, _PIXELS_PER_BATCH // pictures_VSSC[0].size)
-    return (slice(start, start + step) for start in range(0, len(pictures_VSSC), step))
+def _batches(*pictures_VSSC: NDArray[np.uint8]) -> Iterator[slice]:
+    shapes = [pictures.shape for pictures in pictures_VSSC]
+    # Else numpy would repeat a single picture, and the batches leave out what has no partner.
+    if len(set(shapes)) > 1 or 0 in shapes[0]:
+        raise ValueError(f"pictures of shapes {shapes}: must be alike and not empty")
+    step = max(1, _VALUES_PER_BATCH // pictures_VSSC[0][0].size)
+    return (slice(start, start + step) for start in range(0, len(pictures_VSSC[0]), step))
 
 
 def _gaussian(width: int) -> Tensor:
@@ -119,8 +123,12 @@ def _gaussian(width: int) -> Tensor:
 
 def _blur(image_BCSS: Tensor, kernel_W: Tensor) -> Tensor:
     """Both directions, channel by channel, without padding."""
-    channels, width = image_BCSS.shape[1], len(kernel_W)
-    rows = kernel_W.view(1, 1, width, 1).expand(channels, 1, width, 1)
-    columns = kernel_W.view(1, 1, 1, width).expand(channels, 1, 1, width)
-    blurred = functional.conv2d(image_BCSS, rows, groups=channels)
-    return functional.conv2d(blurred, columns, groups=channels)
+    # A sum of shifted pictures: in fp64 torch's grouped convolution is ten times slower.
+    weights = kernel_W.tolist()
+    for axis in (2, 3):
+        length = image_BCSS.shape[axis] - len(weights) + 1
+        blurred = image_BCSS.narrow(axis, 0, length) * weights[0]
+        for start, weight in enumerate(weights[1:], 1):
+            blurred.add_(image_BCSS.narrow(axis, start, length), alpha=weight)
+        image_BCSS = blurred
+    return image_BCSS

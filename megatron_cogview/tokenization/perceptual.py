@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_cogview.configs.errors import DataError
+from megatron_cogview.tokenization.state_dict_file import read_state_dict
 
 # Convolutions of torchvision's VGG-16 under ``features``, by the resolution they work at.  The last
 # one of each group, after its ReLU, is compared.
@@ -80,42 +79,32 @@ def load_perceptual_loss(path: Path) -> PerceptualLoss:
     Args:
         path: ``.safetensors``, or a file for ``torch.load(weights_only=True)``, with torchvision's
             names ``features.{0,2,5,7,10,12,14,17,19,21,24,26,28}.{weight,bias}`` and, for LPIPS,
-            ``lin{0..4}.model.1.weight`` of shape ``[1, C, 1, 1]``.  Other names are left out, and
-            any widths will do that follow from layer to layer.
+            ``lin{0..4}.model.1.weight`` of shape ``[1, C, 1, 1]``, none negative.  Other names are
+            left out, and any widths will do that follow from layer to layer.
 
     Raises:
-        DataError: no such file, not readable, or tensors missing, of wrong shape or not finite.
+        DataError: no such file, not readable, or tensors missing, of wrong shape, not finite, or
+            heads with negative values.
     """
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; tokenizer_training.perceptual_weights needs VGG-16 weights, "
             "for example torchvision's vgg16 state dict"
         )
-    found = _read(path)
+    found = read_state_dict(path)
     names = [f"features.{i}.{kind}" for g in _GROUPS for i in g for kind in ("weight", "bias")]
     heads = [_head(depth) for depth in range(len(_GROUPS))]
     if any(name in found for name in heads):
         names += heads
     missing = [name for name in names if name not in found]
     if missing:
-        raise DataError(f"{path}: lacks {missing}; bring torchvision's VGG-16 names")
+        raise DataError(
+            f"{path}: lacks {missing}; bring all convolutions of VGG-16 under torchvision's names, "
+            "with all five heads of LPIPS or none"
+        )
     weights = {name: found[name] for name in names}
     _check(path, weights)
     return PerceptualLoss(weights).requires_grad_(False).eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises nearly any type on a foreign file.
-    except (SafetensorError, Exception) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as weights ({line})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds a {type(value).__name__}, not a state dict")
-    return value
 
 
 def _check(path: Path, weights: dict[str, Any]) -> None:
@@ -129,7 +118,11 @@ def _check(path: Path, weights: dict[str, Any]) -> None:
             name = f"features.{index}.bias"
             _expect(path, name, weights[name], (channels,))
         if _head(depth) in weights:
-            _expect(path, _head(depth), weights[_head(depth)], (1, channels, 1, 1))
+            name = _head(depth)
+            _expect(path, name, weights[name], (1, channels, 1, 1))
+            # A loss with negative weights has no lower bound: training would run away.
+            if bool((weights[name] < 0).any()):
+                raise DataError(f"{path}: {name} holds negative values; heads of LPIPS have none")
 
 
 def _expect(path: Path, name: str, value: Any, shape: tuple[int | None, ...]) -> None:

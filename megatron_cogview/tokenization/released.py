@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
+from megatron_cogview.tokenization.state_dict_file import read_state_dict
 from megatron_cogview.tokenization.vq_model import VQModel, use_channels_last
 
 _PREFIX = "module."
@@ -36,7 +35,7 @@ def read_released_vqvae(path: Path, image_size: int = 256) -> tuple[VQModel, Ima
         DataError: not such a file; names what is missing, unknown or of the wrong shape or type.
         ConfigError: ``image_size`` does not fit the number of layers.
     """
-    weights = _without_prefix(path, _read(path))
+    weights = _without_prefix(path, read_state_dict(path))
     config = _config(path, weights, image_size)
     with torch.device("meta"):
         model = VQModel(config)
@@ -51,22 +50,6 @@ def read_released_vqvae(path: Path, image_size: int = 256) -> tuple[VQModel, Ima
     model.load_state_dict({name: weights[name].float() for name in expected}, assign=True)
     use_channels_last(model)
     return model, config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises nearly any type on a foreign file.
-    except (SafetensorError, Exception) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as weights only ({line})") from None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise DataError(f"{path}: holds a {type(value).__name__}, not a state dict")
-    return value
 
 
 def _without_prefix(path: Path, weights: dict[str, Any]) -> dict[str, Any]:

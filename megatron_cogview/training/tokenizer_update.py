@@ -207,10 +207,11 @@ class TokenizerUpdate:
     def _descend(self, name: str, loss: Tensor, rate: float) -> None:
         """Gradient over all processes, and one step of Adam."""
         module, optimizer = self.parts[name]
-        # Also clears what the other network's loss has left in this one.
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.world.sum([p.grad for p in module.parameters() if p.grad is not None])
+        # Not for the other network, whose loss is another.
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        torch.autograd.backward(loss, inputs=parameters)
+        self.world.sum([p.grad for p in parameters if p.grad is not None])
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

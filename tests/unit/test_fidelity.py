@@ -1,5 +1,8 @@
 """Picture metrics against scikit-image's values, written-out formulas and known spectra."""
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -26,22 +29,23 @@ def test_ssim_is_scikit_images() -> None:
     assert values == pytest.approx([0.9212478251482178, 0.5062566976313165, 1.0], abs=1e-12)
 
 
-def test_ssim_of_small_pictures_uses_the_largest_window_that_fits() -> None:
-    original, copy = (p[:1, :6, :6, :1].repeat(3, axis=3) for p in pairs())
-    offsets = np.arange(5) - 2
+@pytest.mark.parametrize(("side", "width"), [(1, 1), (6, 5), (7, 7), (10, 9), (11, 11), (15, 11)])
+def test_ssim_written_out_with_the_largest_window_that_fits(side: int, width: int) -> None:
+    original, copy = (p[:1, :side, :side] for p in pairs())
+    offsets = np.arange(width) - width // 2
     line = np.exp(-(offsets**2) / 4.5)
     weights = np.outer(line, line) / line.sum() ** 2
     values = []
-    for top in range(2):
-        for left in range(2):
-            x = original[0, top : top + 5, left : left + 5, 0].astype(float)
-            y = copy[0, top : top + 5, left : left + 5, 0].astype(float)
-            mx, my = (weights * x).sum(), (weights * y).sum()
-            vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
-            cov = (weights * (x - mx) * (y - my)).sum()
-            c1, c2 = 2.55**2, 7.65**2
-            near = (2 * mx * my + c1) * (2 * cov + c2)
-            values.append(near / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    places = range(side - width + 1)
+    for top, left, channel in itertools.product(places, places, range(3)):
+        window = (0, slice(top, top + width), slice(left, left + width), channel)
+        x, y = original[window].astype(float), copy[window].astype(float)
+        mx, my = (weights * x).sum(), (weights * y).sum()
+        vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+        cov = (weights * (x - mx) * (y - my)).sum()
+        c1, c2 = 2.55**2, 7.65**2
+        near = (2 * mx * my + c1) * (2 * cov + c2)
+        values.append(near / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
     assert fidelity.ssim(original, copy)[0] == pytest.approx(np.mean(values), abs=1e-10)
 
 
@@ -61,9 +65,22 @@ def test_batches_do_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None:
     original, copy = pairs()
     functions = (fidelity.l1, fidelity.psnr, fidelity.ssim, fidelity.spectrum_distance)
     whole = [f(original, copy) for f in functions]
-    monkeypatch.setattr(fidelity, "_PIXELS_PER_BATCH", 1)
+    monkeypatch.setattr(fidelity, "_VALUES_PER_BATCH", 1)
     for function, value in zip(functions, whole, strict=True):
         assert function(original, copy) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("measure", [fidelity.l1, fidelity.l2, fidelity.psnr, fidelity.ssim])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_originals_without_a_copy_are_refused(
+    measure: Callable[[Pictures, Pictures], NDArray[np.float64]], count: int
+) -> None:
+    original, copy = pairs()
+    for given in ((original, copy[:count]), (original[:count], copy)):
+        with pytest.raises(ValueError, match="must be alike"):
+            measure(*given)
+    with pytest.raises(ValueError, match="not empty"):
+        measure(original[:0], copy[:0])
 
 
 def test_power_spectrum_against_the_sum_written_out() -> None:

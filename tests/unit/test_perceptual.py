@@ -96,6 +96,14 @@ def narrower(weights: dict[str, Any]) -> None:
     weights["features.7.weight"] = weights["features.7.weight"][:, :5].clone()
 
 
+def negative(weights: dict[str, Any]) -> None:
+    weights["lin2.model.1.weight"][0, 1] = -0.1
+
+
+def too_wide(weights: dict[str, Any]) -> None:
+    weights["lin4.model.1.weight"] = torch.ones(1, 11, 1, 1)
+
+
 def infinite(weights: dict[str, Any]) -> None:
     weights["features.28.bias"][0] = float("inf")
 
@@ -108,6 +116,8 @@ def infinite(weights: dict[str, Any]) -> None:
         (as_bytes, r"features\.0\.bias is not a floating-point tensor"),
         (narrower, r"features\.7\.weight has shape \[6, 5, 3, 3\], expected \['any', 6, 3, 3\]"),
         (infinite, r"features\.28\.bias holds values that are not finite"),
+        (negative, r"lin2\.model\.1\.weight holds negative values"),
+        (too_wide, r"lin4\.model\.1\.weight has shape .*, expected \[1, 10, 1, 1\]"),
     ],
 )
 def test_unusable_weights_are_refused(
@@ -125,5 +135,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("nothing")
     with pytest.raises(DataError, match="cannot be read as weights"):
         load_perceptual_loss(tmp_path / "text.pt")
+    (tmp_path / "text.safetensors").write_text("nothing")
+    with pytest.raises(DataError, match="cannot be read as weights"):
+        load_perceptual_loss(tmp_path / "text.safetensors")
     with pytest.raises(DataError, match="holds a list"):
         load_perceptual_loss(write(tmp_path / "list.pt", [torch.zeros(1)]))

@@ -3,17 +3,22 @@
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
+from megatron_cogview.evaluation import reconstruction
 from megatron_cogview.evaluation.reconstruction import reconstruct
+from megatron_cogview.tokenization import fidelity
 
 SIDE = 16
 
@@ -71,6 +76,11 @@ def test_pictures_records_and_psnr(tmp_path: Path) -> None:
     assert summary["skipped"] == {"unusable image": 1}
     lines = (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
+    originals = np.stack([given[name] for name in list(given)[:70]])
+    ssim = fidelity.ssim(originals, originals - 10)
+    assert [r["ssim"] for r in records[:70]] == pytest.approx(ssim.tolist())
+    assert ssim.max() < 1.0
+    assert summary["ssim"] == pytest.approx(np.mean([r["ssim"] for r in records]))
     assert [r["id"] for r in records[:71]] == [*list(given)[:70], "p-100"]
     assert records[0]["colour"] == "红"
     with Image.open(tmp_path / "out" / "p-3.png") as image:
@@ -82,7 +92,50 @@ def test_pictures_records_and_psnr(tmp_path: Path) -> None:
 
 def test_an_exact_copy_has_a_finite_psnr(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", pictures(2))
-    assert reconstruct([tmp_path], Darkening(0), tmp_path / "out")["psnr"] == pytest.approx(100.0)
+    summary = reconstruct([tmp_path], Darkening(0), tmp_path / "out")
+    assert (summary["psnr"], summary["ssim"]) == pytest.approx((100.0, 1.0))
+
+
+def test_the_sheet_says_psnr_and_ssim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def text(self: object, place: object, caption: str, **options: object) -> None:
+        drawn.append(caption)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    given = pictures(3)
+    write_tar(tmp_path / "a.tar", given)
+    reconstruct([tmp_path], Darkening(10), tmp_path / "out")
+    originals = np.stack(list(given.values()))
+    ssim = fidelity.ssim(originals, originals - 10)
+    assert drawn == [f"28.1 dB  {value:.2f}" for value in ssim]
+
+
+def test_several_folders_in_their_order_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def metadata(path: Path) -> dict[str, dict[str, Any]]:
+        read.append(path.name)
+        return {}
+
+    monkeypatch.setattr(reconstruction, "_metadata", metadata)
+    # A bar that is switched off does not count.
+    monkeypatch.setattr(reconstruction, "tqdm", partial(tqdm, disable=True))
+    for start, folder in enumerate(("second", "first")):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "1.tar", pictures(3, start=10 * start))
+    write_tar(tmp_path / "second" / "2.tar", pictures(3, start=20))
+    folders = [tmp_path / "first", tmp_path / "second"]
+    assert reconstruct(folders, Darkening(1), tmp_path / "out", limit=5)["pictures"] == 5
+    lines = (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["p-10", "p-11", "p-12", "p-0", "p-1"]
+    assert read == ["1.tar", "1.tar"]
+    with pytest.raises(DataError, match=r"id 'p-10' occurs twice"):
+        reconstruct([folders[0], folders[0]], Darkening(1), tmp_path / "twice")
+    with pytest.raises(ConfigError, match=r"data = .* at least one folder"):
+        reconstruct([], Darkening(1), tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden"])

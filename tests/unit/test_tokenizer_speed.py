@@ -25,6 +25,7 @@ from megatron_cogview.tokenization.pixels import OURS
 from megatron_cogview.tokenization.quantizer import flatten_latents
 from megatron_cogview.tokenization.vq_model import VQModel
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ImageTokenizerConfig(image_size=32, hidden_size=16, code_dim=8, num_codes=40)
 
@@ -51,12 +52,22 @@ def test_the_rival_finds_the_nearest_codes() -> None:
 def test_memory_counter_sees_what_is_held_and_no_more() -> None:
     """A tensor of 200 MiB, after as much was freed; then two in turn, and two at once."""
     torch.ones(50 << 20)
-    one = peak_bytes(lambda: torch.ones(50 << 20).sum())
-    turn = peak_bytes(lambda: [torch.ones(50 << 20).sum() for _ in range(2)])
-    both = peak_bytes(lambda: torch.ones(50 << 20) + torch.ones(50 << 20)[0])
+    one = peak_bytes(lambda: torch.ones(50 << 20).sum(), CPU)
+    turn = peak_bytes(lambda: [torch.ones(50 << 20).sum() for _ in range(2)], CPU)
+    both = peak_bytes(lambda: torch.ones(50 << 20) + torch.ones(50 << 20)[0], CPU)
     for value in (one, turn):
         assert 195 < value / 2**20 < 230
     assert 390 < both / 2**20 < 640
+
+
+def test_a_cpu_is_measured_as_such_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own memory, not that of the idle GPU beside it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    assert 195 < peak_bytes(lambda: torch.ones(50 << 20).sum(), CPU) / 2**20 < 230
 
 
 def test_bf16_codes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +105,9 @@ def test_the_tool_reports_on_given_weights_and_pictures(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["vectors"] == 4 * 16
     assert found["bf16"]["vectors"] == 8 * 16
+    machine = {"device", "cores", "threads", "system", "python", "numpy", "torch", "commit"}
+    assert machine <= found.keys()
+    assert found["threads"] == 1 and found["torch"] == torch.__version__
     for part in ("quantizer", "encode"):
         ours, released = found[part]["ours"], found[part]["released"]
         assert found[part]["speedup"] == pytest.approx(released["seconds"] / ours["seconds"])
@@ -116,4 +130,4 @@ def test_without_clear_refs_there_is_an_error_instead_of_a_number(
 ) -> None:
     monkeypatch.setattr(tokenizer_speed, "_STATUS", Path("/proc/self/absent"))
     with pytest.raises(RuntimeError, match="died"):
-        peak_bytes(lambda: None)
+        peak_bytes(lambda: None, CPU)

@@ -122,12 +122,23 @@ def test_codes_do_not_depend_on_the_batch(config: ImageTokenizerConfig) -> None:
         single = torch.cat([model.enc_b(image[None]) for image in images])
     longest = latents.norm(dim=1).amax((1, 2))
     error = (latents - single).norm(dim=1).amax((1, 2)) / longest
-    assert error.max() < 0.2 * vq_model._LATENT_ERROR
+    assert error.max() < 0.5 * vq_model._LATENT_ERROR
     together = model.encode(images)
     alone = torch.cat([model.encode(image[None]) for image in images])
     assert len(together.unique()) > 100
     assert torch.equal(together, alone)
     assert torch.equal(together, model.encode(images.flip(0)).flip(0))
+
+
+def test_large_pictures_are_encoded_alone_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = VQModel(LARGER[0]).eval()
+    images = OURS.to_float(pictures(5, side=64))
+    together, seen = model.encode(images), []
+    monkeypatch.setattr(vq_model, "_LARGE_PICTURE", images[0].numel())
+    model.enc_b.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    assert torch.equal(model.encode(images), together)
+    assert seen == [1] * 5
 
 
 def test_bf16_codes_are_nearly_the_nearest() -> None:
