@@ -14,7 +14,7 @@ import tyro
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.presets import preset
 from megatron_cogview.data.prompts import TextLimit, sample_captions, write_prompts
-from megatron_cogview.data.raw import read_captions
+from megatron_cogview.data.sources import read_captions
 from megatron_cogview.tokenization.text import TextTokenizer
 
 
@@ -23,7 +23,7 @@ class Arguments:
     """Sample prompts."""
 
     data: Path
-    """Folder of WebDataset tars."""
+    """Folder of WebDataset tars, or a table (.jsonl, .csv, .tsv)."""
     output: Path
     """JSON lines to write, each with id and caption."""
     count: int = 64
@@ -31,7 +31,7 @@ class Arguments:
     seed: int = 0
     """Another seed draws other captions."""
     caption_key: str = "caption"
-    """Field of the JSON that holds the caption."""
+    """Field of the JSON, or column of the table, that holds the caption."""
     text_tokenizer: Path | None = None
     """Leave out captions over the text budget, counted with this SentencePiece model."""
     preset: str = "tiny"

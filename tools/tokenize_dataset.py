@@ -1,22 +1,25 @@
-"""Turn a folder of image-text tars into token shards; run again to finish an interrupted run.
+"""Turn image-text pairs into token shards; run again to finish an interrupted run.
 
     python tools/tokenize_dataset.py --data pairs --text-tokenizer text.model \\
-        --image-tokenizer image_tokenizer.safetensors --output tokens --preset tiny
+        --image-tokenizer image_tokenizer.safetensors --output tokens --preset base_4b
+
+On several machines, give each process its number: --worker $SLURM_ARRAY_TASK_ID --of 96.
 """
 
 import dataclasses
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from megatron_cogview.configs.errors import CheckpointError, ConfigError, DataError
 from megatron_cogview.configs.presets import preset
-from megatron_cogview.data.raw import WebDatasetTars
-from megatron_cogview.data.tokenize import tokenize_dataset
+from megatron_cogview.data.encode import PairEncoder
+from megatron_cogview.data.sources import SourceOptions, open_source
+from megatron_cogview.data.tokenize import Work, tokenize_dataset
 from megatron_cogview.tokenization.image import load_image_tokenizer
 from megatron_cogview.tokenization.text import TextTokenizer
 
@@ -26,41 +29,39 @@ class Arguments:
     """Tokenise pairs."""
 
     data: Path
-    """Folder of WebDataset tars (.png, .jpg, .jpeg or .webp beside .json)."""
+    """Folder of WebDataset tars, or a table (.jsonl, .csv, .tsv) that names pictures."""
     text_tokenizer: Path
     """SentencePiece model."""
     image_tokenizer: Path
     """Image tokenizer weights (.safetensors)."""
     output: Path
-    """Folder for the shards."""
+    """Folder for the shards; several workers share it."""
     preset: str
     """Preset whose sequence and vocabulary the shards are for."""
-    caption_key: str = "caption"
-    """Field of the JSON that holds the caption."""
     text_policy: Literal["reject", "truncate"] | None = None
     """What happens to a caption over the budget; the preset's policy if not given."""
-    batch_size: int = 64
-    """Pictures encoded at a time."""
-    max_rejected: float = 1.0
-    """Share of rejected pairs, 0..1, above which the run fails."""
     device: str = "cpu"
     """Where pictures are encoded."""
+    encoder_precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster on GPUs; a few codes in a thousand differ, and may depend on the batch."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
+    work: Annotated[Work, tyro.conf.arg(name="")] = field(default_factory=Work)
 
 
-def tokenize(arguments: Arguments) -> dict[str, Any]:
-    """Tokenise as asked; the manifest."""
+def tokenize(arguments: Arguments) -> dict[str, Any] | None:
+    """Tokenise as asked; the manifest, if every part is done."""
     run = preset(arguments.preset)
     policy = arguments.text_policy or run.sequence.text_policy
-    return tokenize_dataset(
-        WebDatasetTars(arguments.data, arguments.caption_key),
+    encoder = PairEncoder(
         TextTokenizer(arguments.text_tokenizer),
-        load_image_tokenizer(arguments.image_tokenizer, device=arguments.device),
-        arguments.output,
+        load_image_tokenizer(
+            arguments.image_tokenizer, arguments.device, arguments.encoder_precision
+        ),
         dataclasses.replace(run.sequence, text_policy=policy),
-        batch_size=arguments.batch_size,
-        max_rejected=arguments.max_rejected,
-        vocab=run.model.vocab,
+        run.model.vocab,
     )
+    source = open_source(arguments.data, arguments.source)
+    return tokenize_dataset(source, encoder, arguments.output, arguments.work)
 
 
 def main() -> None:
@@ -70,7 +71,8 @@ def main() -> None:
         manifest = tokenize(tyro.cli(Arguments, description=__doc__))
     except (ConfigError, DataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    print(f"{manifest['records']} records, rejected: {sum(manifest['rejected'].values())}")
+    if manifest:
+        print(f"{manifest['records']} records, rejected: {sum(manifest['rejected'].values())}")
 
 
 if __name__ == "__main__":

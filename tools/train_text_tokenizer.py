@@ -1,4 +1,4 @@
-"""Train a SentencePiece model on the captions of a folder of tars, or bring one.
+"""Train a SentencePiece model on the captions of a data set, or bring one.
 
 python tools/train_text_tokenizer.py --data pairs --output text.model --vocab-size 485
 python tools/train_text_tokenizer.py --model mine.model --output text.model
@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from megatron_cogview.configs.errors import ConfigError, DataError
-from megatron_cogview.data.raw import read_captions
+from megatron_cogview.data.sources import read_captions
 from megatron_cogview.tokenization.text import TextTokenizer, adopt, train
 
 
@@ -23,13 +23,13 @@ class Arguments:
     output: Path
     """Model file to write."""
     data: Path | None = None
-    """Folder of WebDataset tars whose captions to learn from."""
+    """Folder of WebDataset tars, or a table (.jsonl, .csv, .tsv), whose captions to learn from."""
     model: Path | None = None
     """A SentencePiece model to check and copy instead of training one."""
     vocab_size: int = 485
     """Most pieces; the preset's model.vocab.num_text_ids is the limit."""
     caption_keys: tuple[str, ...] = ("caption",)
-    """Fields of the JSON to learn from; several are allowed, such as one per language."""
+    """Fields or columns to learn from; several are allowed, such as one per language."""
 
 
 def make(arguments: Arguments) -> TextTokenizer:

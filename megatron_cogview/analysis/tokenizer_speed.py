@@ -10,10 +10,7 @@ import ctypes
 import gc
 import itertools
 import logging
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_cogview.analysis.machine import machine
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.data import images
-from megatron_cogview.data.raw import RawPair, WebDatasetTars
+from megatron_cogview.data.raw import RawPair
+from megatron_cogview.data.sources import open_pictures
 from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
 from megatron_cogview.tokenization.image import load_image_tokenizer
 from megatron_cogview.tokenization.pixels import OURS, PixelScaling
@@ -96,48 +95,13 @@ def report(settings: Settings) -> dict[str, Any]:
             vectors = torch.cat([flatten_latents(_latents(model, batch)) for batch in batches])
             model.quantize_t.initialise_from(vectors)
     return {
-        **_machine(torch.device(settings.device)),
+        **machine(torch.device(settings.device)),
         "batch_size": settings.batch_size,
         "image_size": side,
         "codebook": list(model.quantize_t.embed.shape),
         **measure(Subject(model, batches[0]), settings.repeats),
         "bf16": bf16_mismatch(model, batches),
     }
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What a figure must carry to be compared with another: hardware, versions, commit."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    """The CPU's name; Linux does not tell it through ``platform``."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"
-
-
-def _commit() -> str | None:
-    """Of the checkout this file is in, ``-dirty`` if changed; None for an installed package."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _model(settings: Settings) -> tuple[VQModel, PixelScaling, int]:
@@ -154,8 +118,8 @@ def _model(settings: Settings) -> tuple[VQModel, PixelScaling, int]:
 def _pictures(folders: tuple[Path, ...], number: int, side: int) -> NDArray[np.uint8]:
     """The first pictures of the folders that can be decoded."""
     found: list[NDArray[np.uint8]] = []
-    for source in map(WebDatasetTars, folders):
-        for pair in itertools.chain.from_iterable(map(source.read, source.shards())):
+    for source in map(open_pictures, folders):
+        for pair in itertools.chain.from_iterable(map(source.read, source.parts())):
             if len(found) == number:
                 return np.stack(found)
             if isinstance(pair, RawPair):

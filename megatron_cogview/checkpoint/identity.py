@@ -30,7 +30,8 @@ def check_belongs(
         directory: the checkpoint, for the message.
         state: what its manifest keeps: ``run`` and ``fingerprints``.
         config: the run that wants to load it.
-        fingerprints: SHA-256 of the tokenizers in use, by ``text`` and ``image``.
+        fingerprints: SHA-256 of the tokenizers in use, by ``text`` and ``image``, and of
+            the shards by ``data``.
         continued: further fields that must not differ, as ``data.seed``.
 
     Raises:
@@ -48,6 +49,12 @@ def check_belongs(
                 )
     for kind, mine in fingerprints.items():
         theirs = state["fingerprints"].get(kind)
+        if theirs != mine and kind == "data":
+            raise CheckpointError(
+                f"{directory}: was trained on other shards (fingerprint {theirs}, here {mine}), so "
+                "the order of the samples would change; pass --data.accept-changes if data was "
+                "added on purpose, or name another folder"
+            )
         if theirs != mine:
             raise CheckpointError(
                 f"{directory}: the model was trained with the {kind} tokenizer {theirs}, and "

@@ -4,6 +4,8 @@ Stateless: the batches of a step depend on the configuration and the step alone,
 calling with the step.  Knows the order and the split; the content comes from the dataset.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,7 @@ from megatron_cogview.configs.training import TrainingConfig
 from megatron_cogview.data.batch import Batch, make_batch
 from megatron_cogview.data.dataset import TokenDataset
 from megatron_cogview.data.sampler import Sampler, rank_samples
-from megatron_cogview.data.shards import ShardSet
-from megatron_cogview.data.split import Split
+from megatron_cogview.data.shard_set import ShardSet
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 
@@ -25,7 +26,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        sets: Sequence[ShardSet],
         layout: SequenceLayout,
         training: TrainingConfig,
         data: DataConfig,
@@ -36,25 +37,39 @@ class TrainLoader:
 
         Raises:
             ConfigError: batch sizes do not divide, or the shards do not fit the layout.
-            DataError: no training records.
+            DataError: no training records, or sets that do not go together.
         """
         self.training = training
         self.data_rank, self.data_size = data_rank, data_size
         self.num_micro_batches = training.num_micro_batches(data_size)
         weights = (training.text_weight, training.image_weight)
-        self.dataset = TokenDataset(shards, layout, *weights)
-        self.split = Split(len(shards), data.validation_fraction)
-        self.sampler = Sampler(self.split, data.seed)
+        self.dataset = TokenDataset(sets, layout, *weights)
+        splits = [shards.split(data.validation_fraction) for shards in sets]
+        self.sampler = Sampler(splits, data.seed, data.weights)
+        self._ahead = data.prefetch
+        self._pending: dict[int, Future[list[Batch]]] = {}
+        # One thread: what is made ahead must not compete with the model for cores.
+        self._thread = ThreadPoolExecutor(1, "batches") if data.prefetch else None
 
     @property
     def num_validation_batches(self) -> int:
         """Global batches that cover the validation part once."""
-        return -(-self.split.num_validation // self.training.global_batch_size)
+        return -(-self.sampler.num_validation // self.training.global_batch_size)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """All micro-batches of this rank for ``step`` (0 = the first), in order."""
-        samples = self._samples(step)
-        return self._batches(self.sampler.records(samples), samples)
+        """All micro-batches of this rank for ``step`` (0 = the first), in order.
+
+        The steps after it are made ahead; what is given does not depend on that.
+        """
+        if self._thread is None:
+            return self._train(step)
+        wanted = range(step, step + 1 + self._ahead)
+        for stale in self._pending.keys() - set(wanted):
+            self._pending.pop(stale).cancel()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._thread.submit(self._train, each)
+        return self._pending.pop(step).result()
 
     def validation(self, batch_index: int) -> list[Batch]:
         """This rank's micro-batches of one validation batch; indices past the end start again.
@@ -65,14 +80,18 @@ class TrainLoader:
         Raises:
             ConfigError: ``data.validation_fraction`` is 0, or the data has one record only.
         """
-        if not self.split.num_validation:
+        if not self.sampler.num_validation:
             raise ConfigError(
                 "data.validation_fraction: no validation records; raise it or set "
                 "training.validate_every = 0"
             )
         samples = self._samples(batch_index % self.num_validation_batches)
-        records = self.split.validation(samples % self.split.num_validation)
-        return self._batches(records, samples, samples < self.split.num_validation)
+        records = self.sampler.validation(samples % self.sampler.num_validation)
+        return self._batches(records, samples, samples < self.sampler.num_validation)
+
+    def _train(self, step: int) -> list[Batch]:
+        samples = self._samples(step)
+        return self._batches(self.sampler.records(samples), samples)
 
     def _samples(self, step: int) -> NDArray[np.int64]:
         size = self.training.global_batch_size
@@ -102,13 +121,13 @@ def build_loader(
     data_rank: int = 0,
     data_size: int = 1,
 ) -> TrainLoader:
-    """Open the folder ``data.shards`` and make its loader.
+    """Open the folders ``data.shards`` and make their loader.
 
     Raises:
         ConfigError: ``data.shards`` is not set.
-        DataError: the folder holds no intact shards.
+        DataError: a folder holds no intact shards.
     """
     if not data.shards:
-        raise ConfigError("data.shards: not set; name the folder of tools/tokenize_dataset.py")
-    shards = ShardSet(Path(data.shards), verify_crc=data.verify_crc)
-    return TrainLoader(shards, layout, training, data, data_rank, data_size)
+        raise ConfigError("data.shards: not set; name the folders of tools/tokenize_dataset.py")
+    sets = [ShardSet(Path(folder), verify_crc=data.verify_crc) for folder in data.shards]
+    return TrainLoader(sets, layout, training, data, data_rank, data_size)

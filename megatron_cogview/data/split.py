@@ -1,97 +1,84 @@
-"""Which records are for training and which for validation, by record number alone.
+"""Which records are for training and which for validation: by their ids, in every data set alike.
 
-In every block of 1,000 consecutive records a keyed permutation ranks the records; the first ranks
-are validation.  A record keeps its side when others are appended, and the split does not depend on
-the shuffle's seed.
+A record's ``sample_id`` is a hash of its source id, and the records of a shard are sorted by it, so
+that the validation part of any fraction is the beginning of each shard.  A pair that occurs twice,
+also in two data sets of a mixture, is on one side; records keep their side when others are added;
+and the shuffle's seed plays no role.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_cogview.configs.errors import ConfigError
-from megatron_cogview.data.permutation import derive_key, permute
+from megatron_cogview.configs.data import SPLIT_STEPS
 
-BLOCK = 1000
-SPLIT_KEY = 0x5EED_5917
+Counts = NDArray[np.int64]
+
+
+def threshold(ten_thousandths: int) -> int:
+    """Ids below are validation records at this fraction; up to 2**64."""
+    return (ten_thousandths << 64) // 10_000
+
+
+def split_counts(sample_ids: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Records of one shard below the threshold of each of ``SPLIT_STEPS``, uint32 ``[steps]``.
+
+    ``sample_ids`` are sorted.
+    """
+    # The last threshold is 2**64, which uint64 cannot hold.
+    limits = np.array([threshold(step) for step in SPLIT_STEPS[:-1]], dtype=np.uint64)
+    below = np.searchsorted(sample_ids, limits, side="left")
+    return np.append(below, len(sample_ids)).astype(np.uint32)
+
+
+def split_row(fraction: float) -> int:
+    """Row of the table of split counts for a fraction that ``DataConfig`` admits."""
+    return SPLIT_STEPS.index(round(fraction * 10_000))
 
 
 class Split:
-    """Disjoint, exhaustive numbering of the records ``0..num_records - 1`` in two parts.
+    """Disjoint, exhaustive numbering of all records in two parts."""
 
-    With a fraction above 0 and two records or more, both parts have a record: record 0 is always
-    validation and record 1 always training.  (A single record is for training.)
-    """
-
-    def __init__(self, num_records: int, fraction: float) -> None:
-        """Work out the parts' sizes; ``fraction`` in [0, 1) goes to validation.
-
-        Raises:
-            ConfigError: ``fraction`` is out of range.
-        """
-        if not 0.0 <= fraction < 1.0:
-            raise ConfigError(f"data.validation_fraction = {fraction}: must be in [0, 1)")
-        self.num_records = num_records
-        per_block = min(max(1, round(BLOCK * fraction)), BLOCK - 1)
-        self._per_block = per_block if fraction > 0 and num_records > 1 else 0
-        full = num_records // BLOCK
-        tail = np.arange(full * BLOCK, num_records)
-        # Fewer than 1,000 records: listed, because an unfinished block lacks some of its ranks.
-        held_out = self.is_validation(tail)
-        self._tails = {True: tail[held_out], False: tail[~held_out]}
-        self._full = {True: full * self._per_block, False: full * (BLOCK - self._per_block)}
+    def __init__(self, records: ArrayLike, held_out: ArrayLike) -> None:
+        """Take the number of records of each shard, and how many of them, from its beginning, are
+        validation."""
+        records_K = np.asarray(records, dtype=np.int64).reshape(-1)
+        held_out_K = np.asarray(held_out, dtype=np.int64).reshape(-1)
+        starts_K = np.cumsum(records_K) - records_K
+        self._validation = _Part(starts_K, held_out_K)
+        self._train = _Part(starts_K + held_out_K, records_K - held_out_K)
 
     @property
     def num_train(self) -> int:
         """Records of the training part."""
-        return self._full[False] + len(self._tails[False])
+        return self._train.size
 
     @property
     def num_validation(self) -> int:
         """Records of the validation part."""
-        return self._full[True] + len(self._tails[True])
+        return self._validation.size
 
-    def train(self, index: ArrayLike) -> NDArray[np.int64]:
+    def train(self, index: ArrayLike) -> Counts:
         """Record numbers of the training part's members ``index``, ``0..num_train - 1``."""
-        return self._records(np.asarray(index, dtype=np.int64), False)
+        return self._train.records(np.asarray(index, dtype=np.int64))
 
-    def validation(self, index: ArrayLike) -> NDArray[np.int64]:
+    def validation(self, index: ArrayLike) -> Counts:
         """Record numbers of the validation part's members ``index``."""
-        return self._records(np.asarray(index, dtype=np.int64), True)
+        return self._validation.records(np.asarray(index, dtype=np.int64))
 
-    def is_validation(self, records: ArrayLike) -> NDArray[np.bool_]:
-        """Side of each record."""
-        numbers = np.asarray(records, dtype=np.int64)
-        if not numbers.size:
-            return np.zeros(numbers.shape, dtype=np.bool_)
-        blocks, inverse = np.unique(numbers // BLOCK, return_inverse=True)
-        ranks_KR = np.argsort(self._offsets(blocks[:, None], np.arange(BLOCK)[None]), axis=1)
-        rank = ranks_KR[inverse.reshape(numbers.shape), numbers % BLOCK]
-        return np.asarray(rank < self._per_block)
 
-    def _records(self, index: NDArray[np.int64], held_out: bool) -> NDArray[np.int64]:
-        full, tail = self._full[held_out], self._tails[held_out]
-        if index.size and (int(index.min()) < 0 or int(index.max()) >= full + len(tail)):
-            raise IndexError(f"index outside 0..{full + len(tail) - 1}")
-        per_block = self._per_block if held_out else BLOCK - self._per_block
-        first_rank = 0 if held_out else self._per_block
-        result = np.empty(index.shape, dtype=np.int64)
-        inside = index < full
-        if inside.any():
-            block, within = index[inside] // per_block, index[inside] % per_block
-            result[inside] = block * BLOCK + self._offsets(block, first_rank + within)
-        result[~inside] = tail[index[~inside] - full]
-        return result
+class _Part:
+    """Runs of consecutive records, one a shard, numbered through."""
 
-    @staticmethod
-    def _offsets(block: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Offset within its block of the record with a rank (0..999)."""
-        block, rank = np.broadcast_arrays(block, rank)
-        keys = block.astype(np.uint64) + derive_key(SPLIT_KEY)
-        offset = permute(rank, BLOCK, keys)
-        if (block == 0).any():
-            # Block 0: rank 0 is record 0 and rank 999 is record 1, so that both parts exist
-            # however few records there are; the other 998 are permuted among themselves.
-            inner = 2 + permute(np.clip(rank - 1, 0, BLOCK - 3), BLOCK - 2, keys)
-            fixed = np.where(rank == 0, 0, np.where(rank == BLOCK - 1, 1, inner))
-            offset = np.where(block == 0, fixed, offset)
-        return offset
+    def __init__(self, first_K: Counts, count_K: Counts) -> None:
+        self._ends = np.cumsum(count_K)
+        # Record number minus index within the part, constant over a run.
+        self._shift = first_K - (self._ends - count_K)
+        self.size = int(self._ends[-1]) if len(self._ends) else 0
+
+    def records(self, index: Counts) -> Counts:
+        if index.size and (int(index.min()) < 0 or int(index.max()) >= self.size):
+            raise IndexError(f"index outside 0..{self.size - 1}")
+        if not index.size:
+            return index
+        run = np.searchsorted(self._ends, index, side="right")
+        return np.asarray(index + self._shift[run])

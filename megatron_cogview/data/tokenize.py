@@ -1,386 +1,212 @@
-"""Offline tokenisation: pairs of one source to token shards, restartable per input file.
+"""Offline tokenisation: pairs of one source to token shards.
 
-Each input file becomes one shard and one sidecar, committed in that order; the manifest comes
-last.  A killed run goes on after the last sidecar and ends with the same bytes.  Knows neither
-tars nor networks, only a source and two tokenizers.
+Puts source, tokenizers, decoder and output folder together; one process of one or many.
 """
 
-import hashlib
-import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate, islice
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_cogview.configs.errors import ConfigError, DataError, refuse
-from megatron_cogview.configs.sequence import MAX_SHARD_TEXT, SequenceConfig
-from megatron_cogview.configs.vocab import VocabConfig
-from megatron_cogview.data import images
-from megatron_cogview.data.raw import PairSource, RawPair, Rejected
-from megatron_cogview.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Records,
-    read_manifest,
-    record_dtype,
-    shard_name,
-    write_shard,
-)
-from megatron_cogview.storage.atomic import locked_directory, remove_stale, replacing
-from megatron_cogview.storage.digest import (
-    read_json_with_digest,
-    sha256_file,
-    write_json_with_digest,
-)
-from megatron_cogview.tokenization.text import TextTokenizer, normalise
-
-if TYPE_CHECKING:
-    from megatron_cogview.tokenization.image import ImageTokenizer
+from megatron_cogview.configs.errors import DataError, refuse
+from megatron_cogview.data.decode_pool import DecodePool, Decoder, InlineDecoder
+from megatron_cogview.data.encode import PairEncoder
+from megatron_cogview.data.pipeline import NUM_TRAYS, EncodedPart, encode_parts
+from megatron_cogview.data.raw import PairSource, Part
+from megatron_cogview.data.shards import FORMAT_VERSION
+from megatron_cogview.data.token_folder import Digest, TokenFolder, shown
+from megatron_cogview.data.token_rows import TokenSource
 
 logger = logging.getLogger(__name__)
 
-REJECTED_LOG = "rejected.jsonl"
+Chosen = list[tuple[int, Part]]
+"""Parts to make, with their numbers."""
+Advance = Callable[[int], object]
+"""Hears of bytes that are done."""
+Encode = Callable[[Chosen, Advance], Generator[EncodedPart]]
+"""Gives parts in the order asked for."""
+
 MIN_PAIRS_TO_ABORT = 1000
 """Pairs seen before a high rejected share stops the run early."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How a run goes about it; nothing here changes a byte of the result."""
+
+    batch_size: int = 64
+    """Pictures encoded at a time."""
+    max_rejected: float = 1.0
+    """Share of pairs, 0..1, above which the run fails."""
+    worker: int = 0
+    """Number of this process among those that share the output, from 0: of the input's parts it
+    takes every OF-th."""
+    of: int = 1
+    """How many processes share the output."""
+    decode_workers: int = 1
+    """Processes that decode pictures, a core each; 0: this one, and a picture that crashes a
+    decoder ends the run."""
+    verify_inputs: bool = False
+    """Hash the inputs of finished shards again, not only compare their sizes and times."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise refuse("batch_size", self.batch_size, "must be at least 1")
+        if not 0 <= self.worker < self.of:
+            raise refuse("worker", self.worker, f"must be in 0..{self.of - 1}, below of")
+        if not 0.0 <= self.max_rejected <= 1.0:
+            raise refuse("max_rejected", self.max_rejected, "must be in [0, 1]")
+        if self.decode_workers < 0:
+            raise refuse("decode_workers", self.decode_workers, "must be at least 0")
+
+
 def tokenize_dataset(
-    source: PairSource,
-    text_tokenizer: TextTokenizer,
-    image_tokenizer: "ImageTokenizer",
-    output: Path,
-    sequence: SequenceConfig,
-    batch_size: int = 64,
-    max_rejected: float = 1.0,
-    vocab: VocabConfig | None = None,
-) -> dict[str, Any]:
+    source: PairSource, encoder: PairEncoder, output: Path, work: Work | None = None
+) -> dict[str, Any] | None:
     """Write shards, ``rejected.jsonl`` and ``manifest.json`` to ``output``; give the manifest.
 
-    Run again with the same arguments it finishes what is missing; with input files added at the
-    end it appends.  ``max_rejected`` is the share of pairs, 0..1, above which the run fails.
-    ``batch_size`` pictures are encoded at a time.  ``vocab``: the model's, to check that both
-    tokenizers fit it.
+    Run again with the same arguments it finishes what is missing; with parts added at the end it
+    appends.  With several workers the last one to finish writes the manifest; the others get None.
 
     Raises:
-        ConfigError: the tokenizers do not fit the sequence or the vocabulary.
-        DataError: nothing usable, too much rejected, or ``output`` holds other data.
+        DataError: nothing usable, too much rejected, ``output`` holds other data, or another
+            process works on the same parts.
     """
-    if batch_size < 1:
-        raise refuse("batch_size", batch_size, "must be at least 1")
-    _check_tokenizers(text_tokenizer, image_tokenizer, sequence, vocab)
+    work = work or Work()
+
+    def encode(chosen: Chosen, advance: Advance) -> Generator[EncodedPart]:
+        with _decoder(encoder, work) as decoder:
+            yield from encode_parts(chosen, source, encoder, decoder, work.batch_size, advance)
+
+    return write_parts(source, encoder, output, work, encode)
+
+
+def write_parts(
+    source: PairSource | TokenSource,
+    encoder: PairEncoder,
+    output: Path,
+    work: Work,
+    encode: Encode,
+) -> dict[str, Any] | None:
+    """Everything around the encoding: which parts, their commits, limits, and the manifest.
+
+    Args:
+        source: whose parts they are.
+        encoder: for its settings and its record type.
+        output: folder of the shards.
+        work: how to go about it.
+        encode: gives the parts asked for, in order, and tells how many bytes are done.
+    """
     source.check()
-    encoder = _Encoder(source, text_tokenizer, image_tokenizer, sequence, batch_size)
-    run = _Run(Path(output), source.shards(), encoder)
-    run.output.mkdir(parents=True, exist_ok=True)
-    with locked_directory(run.output):
-        remove_stale(run.output)
-        run.check_existing()
-        return run.execute(max_rejected)
-
-
-@dataclass(slots=True)
-class _Encoded:
-    """What one input file gives."""
-
-    parts: list[Records] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    truncated: int = 0
-
-
-class _Encoder:
-    """Pairs of one file -> records; the part that costs time."""
-
-    def __init__(
-        self,
-        source: PairSource,
-        text: TextTokenizer,
-        image: "ImageTokenizer",
-        sequence: SequenceConfig,
-        batch_size: int,
-    ) -> None:
-        self.source, self.text, self.image, self.sequence = source, text, image, sequence
-        self.batch_size = batch_size
-        self.dtype = record_dtype(sequence.codes_per_side)
-        pixels_per_code = image.config.image_size // image.config.codes_per_side
-        self.sizes = [side * pixels_per_code for side in sequence.codes_per_side]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything besides the input file that decides the bytes of a shard."""
-        sequence = self.sequence
-        return {
-            "version": FORMAT_VERSION,
-            "source": self.source.description,
-            "layout": {
-                "text_ids": MAX_SHARD_TEXT,
-                "text_budget": sequence.text_budget,
-                "text_policy": sequence.text_policy,
-                "codes_per_side": list(sequence.codes_per_side),
-            },
-            "tokenizers": {
-                "text": {
-                    "fingerprint": self.text.fingerprint,
-                    "vocab_size": self.text.vocab_size,
-                },
-                "image": {
-                    "fingerprint": self.image.fingerprint,
-                    "num_codes": self.image.config.num_codes,
-                },
-            },
-        }
-
-    def encode_file(self, path: Path, advance: Callable[[int], object]) -> _Encoded:
-        """Records and rejections of one file; ``advance`` hears of the bytes done."""
-        encoded = _Encoded(parts=[np.zeros(0, dtype=self.dtype)])
-        items = self.source.read(path)
-        while chunk := list(islice(items, self.batch_size)):
-            self._encode_chunk(chunk, encoded)
-            advance(sum(len(item.image) for item in chunk if isinstance(item, RawPair)))
-        return encoded
-
-    def _encode_chunk(self, chunk: list[RawPair | Rejected], encoded: _Encoded) -> None:
-        captions = [item.caption for item in chunk if isinstance(item, RawPair)]
-        texts = iter(self.text.encode_batch(captions))
-        kept: list[tuple[str, list[int], NDArray[np.uint8]]] = []
-        for item in chunk:
-            if isinstance(item, RawPair):
-                checked = self._check_pair(item, next(texts))
-                if not isinstance(checked, Rejected):
-                    ids, picture, was_cut = checked
-                    encoded.truncated += was_cut
-                    kept.append((item.id, ids, picture))
-                    continue
-                item = checked
-            encoded.rejected.append(item)
-        if kept:
-            encoded.parts.append(self._records(kept))
-
-    def _check_pair(
-        self, pair: RawPair, ids: list[int]
-    ) -> tuple[list[int], NDArray[np.uint8], bool] | Rejected:
-        budget = self.sequence.text_budget
-        if not normalise(pair.caption) or not ids:
-            return Rejected(pair.id, "empty caption", pair.source)
-        if len(ids) > budget and self.sequence.text_policy == "reject":
-            detail = f"{len(ids)} ids, budget {budget}"
-            return Rejected(pair.id, "caption over the text budget", pair.source, detail)
-        try:
-            picture = images.decode(pair.image, max(self.sizes))
-        except DataError as error:
-            return Rejected(pair.id, "unusable image", pair.source, str(error))
-        return ids[:budget], picture, len(ids) > budget
-
-    def _records(self, kept: list[tuple[str, list[int], NDArray[np.uint8]]]) -> Records:
-        records: Records = np.zeros(len(kept), dtype=self.dtype)
-        for record, (name, ids, _) in zip(records, kept, strict=True):
-            record["text"][: len(ids)] = ids
-            record["text_length"] = len(ids)
-            digest = hashlib.sha256(name.encode("utf-8")).digest()
-            record["sample_id"] = int.from_bytes(digest[:8], "little")
-        for index, size in enumerate(self.sizes):
-            side = self.sequence.codes_per_side[index]
-            pictures = [p if p.shape[0] == size else images.shrink(p, size) for _, _, p in kept]
-            codes = self.image.encode(torch.from_numpy(np.stack(pictures))).cpu().numpy()
-            if codes.shape != (len(kept), side, side):
-                raise ConfigError(
-                    f"image tokenizer: gave codes of shape {codes.shape} for {size} pixels, "
-                    f"expected {(len(kept), side, side)}"
-                )
-            if int(codes.min()) < 0 or int(codes.max()) >= self.image.config.num_codes:
-                raise ConfigError(
-                    f"image tokenizer: gave codes {codes.min()}..{codes.max()}, but its "
-                    f"num_codes = {self.image.config.num_codes}"
-                )
-            records[f"image{index}"] = codes
-        return records
-
-
-class _Run:
-    """One output folder: what is there, what is missing, and the order of commits."""
-
-    def __init__(self, output: Path, inputs: list[Path], encoder: _Encoder) -> None:
-        self.output, self.inputs, self.encoder = output, inputs, encoder
-        self.settings = encoder.settings
-        self._hashes: dict[Path, str] = {}
-
-    def check_existing(self) -> None:
-        """Refuse an output folder that holds something else than a beginning of this run."""
-        surplus = [
-            p for p in self.output.glob("shard-*.json") if int(p.stem[6:]) >= len(self.inputs)
-        ]
-        if surplus:
-            raise DataError(
-                f"{min(surplus)}: belongs to a run over more than {len(self.inputs)} input files; "
-                f"choose another --output folder"
-            )
-        if not (self.output / MANIFEST).is_file():
-            return
-        manifest = read_manifest(self.output)
-        for kind in ("text", "image"):
-            there = manifest["tokenizers"][kind]["fingerprint"]
-            here = self.settings["tokenizers"][kind]["fingerprint"]
-            if there != here:
-                raise DataError(
-                    f"{self.output}: holds shards made with the {kind} tokenizer {there}, not "
-                    f"{here}; choose another --output folder"
-                )
-        layout = {k: v for k, v in manifest["layout"].items() if k != "longest_text"}
-        for name, there in (("layout", layout), ("source", manifest["source"])):
-            if there != self.settings[name]:
-                raise DataError(
-                    f"{self.output}: holds shards made with {name} {there}, not "
-                    f"{self.settings[name]}; choose another --output folder"
-                )
-        for entry, path in zip(manifest["shards"], self.inputs, strict=False):
-            if (entry["source"], entry["source_sha256"]) != (path.name, self._hash(path)):
-                raise DataError(
-                    f"{self.output}: {entry['name']} was made from {entry['source']}, now "
-                    f"{path.name} with another content stands there; choose another --output folder"
-                )
-
-    def execute(self, max_rejected: float) -> dict[str, Any]:
-        """Tokenise what is missing, then write the log and the manifest."""
-        ends = list(accumulate(path.stat().st_size for path in self.inputs))
-        entries: list[dict[str, Any]] = []
-        reasons: Counter[str] = Counter()
-        records = truncated = longest = 0
-        with tqdm(
-            total=ends[-1],
-            desc="tokenise",
-            unit="B",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        ) as bar:
-            for index, (path, end) in enumerate(zip(self.inputs, ends, strict=True)):
-                sidecar = self._reusable(index, path) or self._commit(index, path, bar.update)
-                bar.update(end - bar.n)
-                source = {key: sidecar[key] for key in ("source", "source_sha256")}
-                entries.append(sidecar["shard"] | source)
-                reasons.update(item["reason"] for item in sidecar["rejected"])
-                records += sidecar["shard"]["records"]
-                truncated += sidecar["truncated"]
-                longest = max(longest, sidecar["longest_text"])
-                if records + reasons.total() >= MIN_PAIRS_TO_ABORT:
-                    self._check_share(records, reasons, max_rejected)
-        self._check_share(records, reasons, max_rejected)
-        if not records:
-            raise DataError(f"no pair could be used; rejected: {_counts(reasons)}")
-        manifest = {
-            "format": "megatron_cogview token shards",
-            **self.settings,
-            "layout": self.settings["layout"] | {"longest_text": longest},
-            "records": records,
-            "rejected": dict(sorted(reasons.items())),
-            "rejected_log": self._write_rejected(),
-            "truncated": truncated,
-            "shards": entries,
-        }
-        write_json_with_digest(self.output / MANIFEST, manifest)
+    parts: list[Part] = list(source.parts())
+    settings = {"version": FORMAT_VERSION, "source": source.description, **encoder.settings}
+    # A source is only ever asked about its own parts.
+    digest = cast("Digest", source.digest)
+    folder = TokenFolder(output, parts, settings, digest, work.verify_inputs)
+    with closing(folder):
+        mine = range(work.worker, len(parts), work.of)
+        missing = folder.claim(mine)
+        tally = _Tally(work.max_rejected)
+        for index in set(mine) - set(missing):
+            tally.add(*folder.summary(index))
+        tally.check(early=True)
+        if missing:
+            chosen = [(index, parts[index]) for index in missing]
+            _make(chosen, encode, encoder.dtype, folder, tally)
+        tally.check()
+        manifest = folder.finish()
+    if manifest:
         logger.info(
-            "%s: %d records, rejected: %s, texts cut: %d",
-            self.output, records, _counts(reasons), truncated,
+            "%s: %d records, rejected: %s",
+            output, manifest["records"], shown(Counter(manifest["rejected"])),
         )  # fmt: skip
-        return manifest
-
-    def _reusable(self, index: int, path: Path) -> dict[str, Any] | None:
-        """The sidecar of an earlier run if it speaks of these inputs and its shard is intact."""
-        sidecar_path = self._sidecar(index)
-        if not sidecar_path.is_file():
-            return None
-        try:
-            sidecar = read_json_with_digest(sidecar_path)
-            same_inputs = (
-                sidecar["settings"] == self.settings
-                and sidecar["source"] == path.name
-                and sidecar["source_sha256"] == self._hash(path)
-            )
-            intact = sha256_file(self.output / shard_name(index)) == sidecar["shard"]["sha256"]
-        except (DataError, OSError, KeyError) as error:
-            logger.warning("%s: not usable (%s); tokenising again", sidecar_path, error)
-            return None
-        if not (same_inputs and intact):
-            logger.warning("%s: made from other inputs or damaged; tokenising again", sidecar_path)
-            return None
-        return sidecar
-
-    def _commit(self, index: int, path: Path, advance: Callable[[int], object]) -> dict[str, Any]:
-        digest = self._hash(path)
-        encoded = self.encoder.encode_file(path, advance)
-        records = np.concatenate(encoded.parts)
-        sidecar = {
-            "settings": self.settings,
-            "source": path.name,
-            "source_sha256": digest,
-            "shard": write_shard(self.output / shard_name(index), records),
-            "longest_text": int(records["text_length"].max(initial=0)),
-            "truncated": encoded.truncated,
-            "rejected": [asdict(item) for item in encoded.rejected],
-        }
-        write_json_with_digest(self._sidecar(index), sidecar)
-        return sidecar
-
-    def _write_rejected(self) -> dict[str, Any]:
-        """Assemble the log from the sidecars, in input order."""
-        digest, size = hashlib.sha256(), 0
-        with replacing(self.output / REJECTED_LOG) as file:
-            for line in self._rejected_lines():
-                digest.update(line)
-                size += file.write(line)
-        return {"name": REJECTED_LOG, "bytes": size, "sha256": digest.hexdigest()}
-
-    def _rejected_lines(self) -> Iterator[bytes]:
-        for index in range(len(self.inputs)):
-            for item in read_json_with_digest(self._sidecar(index))["rejected"]:
-                yield (json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8")
-
-    def _check_share(self, records: int, reasons: Counter[str], max_rejected: float) -> None:
-        total = records + reasons.total()
-        if reasons.total() > max_rejected * total:
-            raise DataError(
-                f"{reasons.total()} of {total} pairs rejected, more than --max-rejected "
-                f"{max_rejected}: {_counts(reasons)}; the ids are in {self.output}/shard-*.json"
-            )
-
-    def _sidecar(self, index: int) -> Path:
-        return (self.output / shard_name(index)).with_suffix(".json")
-
-    def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            self._hashes[path] = sha256_file(path)
-        return self._hashes[path]
+    return manifest
 
 
-def _check_tokenizers(
-    text: TextTokenizer,
-    image: "ImageTokenizer",
-    sequence: SequenceConfig,
-    vocab: VocabConfig | None,
+def _make(
+    chosen: Chosen,
+    encode: Encode,
+    dtype: np.dtype[np.void],
+    folder: TokenFolder,
+    tally: "_Tally",
 ) -> None:
-    if image.config.codes_per_side != sequence.codes_per_side[-1]:
-        raise refuse(
-            "sequence.codes_per_side",
-            sequence.codes_per_side,
-            f"the image tokenizer gives {image.config.codes_per_side} codes a side",
-        )
-    if vocab is None:
-        return
-    text.check_fits(vocab)
-    if image.config.num_codes != vocab.num_image_codes:
-        raise refuse(
-            "model.vocab.num_image_codes",
-            vocab.num_image_codes,
-            f"the image tokenizer has {image.config.num_codes} codes",
-        )
+    """Encode what is missing; write each part while the next is encoded."""
+    total = sum(part.num_bytes for _, part in chosen)
+    with ThreadPoolExecutor(1, "write shards") as writer, _progress(total) as bar:
+        done = 0
+        writing: Future[None] | None = None
+        with closing(encode(chosen, bar.update)) as encoded:
+            for part in encoded:
+                done += part.part.num_bytes
+                bar.update(done - bar.n)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(_commit, folder, dtype, part)
+                rejected = part.encoded.rejected
+                records = sum(len(r) for r in part.encoded.records)
+                tally.add(records, Counter(item.reason for item in rejected))
+                bar.set_postfix(records=tally.records, rejected=tally.reasons.total())
+                tally.check(early=True)
+        if writing is not None:
+            writing.result()
 
 
-def _counts(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+def _commit(folder: TokenFolder, dtype: np.dtype[np.void], part: EncodedPart) -> None:
+    encoded = part.encoded
+    records = np.concatenate([np.zeros(0, dtype=dtype), *encoded.records])
+    counts = asdict(encoded.counts) | {f"captions_{k}": n for k, n in part.captions.items()}
+    folder.commit(part.index, records, encoded.rejected, counts, part.digest)
+
+
+@contextmanager
+def _decoder(encoder: PairEncoder, work: Work) -> Iterator[Decoder]:
+    sizes = (work.batch_size, encoder.sides, NUM_TRAYS)
+    decoder: Decoder = (
+        DecodePool(work.decode_workers, *sizes) if work.decode_workers else InlineDecoder(*sizes)
+    )
+    with closing(decoder):
+        yield decoder
+
+
+def _progress(total: int) -> Any:
+    return tqdm(
+        total=total,
+        desc="tokenise",
+        unit="B",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
+
+
+class _Tally:
+    """Records and rejections of this process, against the share that is allowed."""
+
+    def __init__(self, max_rejected: float) -> None:
+        self.records = 0
+        self.reasons: Counter[str] = Counter()
+        self._max_rejected = max_rejected
+
+    def add(self, records: int, reasons: Counter[str]) -> None:
+        """Count one part."""
+        self.records += records
+        self.reasons.update(reasons)
+
+    def check(self, early: bool = False) -> None:
+        """Stop above the share; ``early``: only once there are enough pairs to judge by."""
+        total = self.records + self.reasons.total()
+        if early and total < MIN_PAIRS_TO_ABORT:
+            return
+        if self.reasons.total() > self._max_rejected * total:
+            raise DataError(
+                f"{self.reasons.total()} of {total} pairs rejected, more than --max-rejected "
+                f"{self._max_rejected}: {shown(self.reasons)}; the ids are in shard-*.json of the "
+                "output folder"
+            )

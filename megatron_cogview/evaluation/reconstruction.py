@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.data import images
-from megatron_cogview.data.raw import MAX_JSON_BYTES, RawPair, WebDatasetTars
+from megatron_cogview.data.raw import MAX_CAPTION_BYTES, RawPair
+from megatron_cogview.data.sources import open_pictures
 from megatron_cogview.storage.atomic import replacing, write_text
+from megatron_cogview.storage.digest import sha256_bytes
 from megatron_cogview.tokenization import fidelity
 from megatron_cogview.tokenization.image import ImageTokenizer
 
@@ -49,10 +51,11 @@ class _Outcome:
 def reconstruct(
     folders: Sequence[Path], tokenizer: ImageTokenizer, output: Path, limit: int = 500
 ) -> dict[str, Any]:
-    """Reconstruct the first ``limit`` usable pairs of folders of tars.
+    """Reconstruct the first ``limit`` usable pictures of folders of tars, or of tables.
 
-    Writes ``ID.png`` (the reconstruction), ``records.jsonl`` (each pair's JSON with its ``psnr`` in
-    dB and ``ssim``), ``sheet.png`` (originals beside reconstructions) and ``summary.json``.
+    Writes ``ID.png`` (the reconstruction), ``records.jsonl`` (each pair's JSON with its ``file``,
+    ``psnr`` in dB and ``ssim``), ``sheet.png`` (originals beside reconstructions) and
+    ``summary.json``.
 
     Returns:
         The summary: ``psnr`` and ``ssim`` (means over pictures), ``pictures``, ``skipped`` by
@@ -60,24 +63,24 @@ def reconstruct(
 
     Raises:
         ConfigError: ``limit`` below 1, or no folder.
-        DataError: no tars, no usable pair, or ids that cannot name files.
+        DataError: no data, no usable picture, or an id that occurs twice.
     """
     if limit < 1:
         raise refuse("limit", limit, "must be at least 1")
     if not folders:
-        raise refuse("data", folders, "name at least one folder of tars")
-    sources = [WebDatasetTars(folder) for folder in folders]
+        raise refuse("data", folders, "name at least one folder of tars, or a table of pictures")
+    sources = [open_pictures(folder) for folder in folders]
     for source in sources:
         source.check()
     output.mkdir(parents=True, exist_ok=True)
     outcome = _Outcome()
     with tqdm(total=limit, desc="reconstruct", unit="picture", mininterval=1.0) as bar:
-        for source, path in ((s, path) for s in sources for path in s.shards()):
+        for source, part in ((s, part) for s in sources for part in s.parts()):
             # Counted here: a progress bar that is switched off does not count.
             if len(outcome.records) == limit:
                 break
-            metadata = _metadata(path)
-            items = source.read(path)
+            metadata = _metadata(part.path) if part.path.suffix == ".tar" else {}
+            items = source.read(part)
             while chunk := list(itertools.islice(items, min(BATCH, limit - len(outcome.records)))):
                 bar.update(_reconstruct_chunk(chunk, metadata, tokenizer, output, outcome))
     if not outcome.records:
@@ -111,9 +114,8 @@ def _reconstruct_chunk(
         if not isinstance(item, RawPair):
             outcome.skipped[item.reason] += 1
             continue
-        if not _SAFE_ID.fullmatch(item.id) or item.id in done:
-            why = "occurs twice" if item.id in done else "cannot name a file"
-            raise DataError(f"{item.source}: id {item.id!r} {why}; each picture needs its own")
+        if item.id in done:
+            raise DataError(f"{item.source}: id {item.id!r} occurs twice; each needs its own")
         done.add(item.id)
         try:
             pairs.append((item, images.decode(item.image, tokenizer.config.image_size)))
@@ -127,11 +129,22 @@ def _reconstruct_chunk(
     psnr = fidelity.psnr(originals, decoded).tolist()
     ssim = fidelity.ssim(originals, decoded).tolist()
     for (pair, original), copy, p, s in zip(pairs, decoded, psnr, ssim, strict=True):
-        _save(output / f"{pair.id}.png", Image.fromarray(copy))
-        outcome.records.append({**metadata.get(pair.id, {}), "id": pair.id, "psnr": p, "ssim": s})
+        name = _file_name(pair.id)
+        _save(output / name, Image.fromarray(copy))
+        outcome.records.append(
+            {**metadata.get(pair.id, {}), "id": pair.id, "file": name, "psnr": p, "ssim": s}
+        )
         if len(outcome.shown) < SHEET_PAIRS:
             outcome.shown.append((original, copy, f"{p:.1f} dB  {s:.2f}"))
     return len(pairs)
+
+
+def _file_name(identity: str) -> str:
+    """``ID.png``, or where the id cannot name a file, what is left of it and its hash."""
+    if _SAFE_ID.fullmatch(identity):
+        return f"{identity}.png"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", identity)[:100].strip("._")
+    return f"{plain}-{sha256_bytes(identity.encode('utf-8'))[:8]}.png"
 
 
 def _metadata(path: Path) -> dict[str, dict[str, Any]]:
@@ -141,7 +154,7 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
                 if member.isfile() and member.name.lower().endswith(".json"):
-                    file = tar.extractfile(member) if member.size <= MAX_JSON_BYTES else None
+                    file = tar.extractfile(member) if member.size <= MAX_CAPTION_BYTES else None
                     value = json.loads(file.read()) if file else None
                     if isinstance(value, dict) and "id" in value:
                         found[str(value["id"])] = value

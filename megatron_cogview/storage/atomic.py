@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from megatron_cogview.configs.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+TEMPORARY_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 """Names used while writing; what a killed process leaves behind."""
 
 
@@ -88,11 +88,12 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
-def remove_stale(folder: Path) -> int:
-    """Remove temporary files of killed processes; call only under :func:`locked_directory`."""
+def remove_stale(folder: Path, targets: Container[str]) -> int:
+    """Remove what killed processes left of files with these names; call only under their lock."""
     removed = 0
     for entry in folder.iterdir():
-        if entry.is_file() and TEMPORARY_NAME.fullmatch(entry.name):
+        found = TEMPORARY_NAME.fullmatch(entry.name)
+        if found and found[1] in targets and entry.is_file():
             entry.unlink()
             removed += 1
     return removed

@@ -25,10 +25,14 @@ def sha256_file(path: Path) -> str:
 
 
 def write_json_with_digest(path: Path, obj: Mapping[str, Any]) -> None:
-    """Replace ``path`` by ``obj`` as JSON plus a ``digest`` field over its canonical form."""
+    """Replace ``path`` by ``obj`` as JSON whose last field, ``digest``, is the SHA-256 of all
+    bytes before it."""
     if DIGEST_KEY in obj:
         raise ValueError(f"{DIGEST_KEY!r} is reserved for the file's own hash")
-    write_text(path, _render(obj))
+    body = json.dumps(dict(obj), indent=1, ensure_ascii=True, allow_nan=False)
+    # "{...}" without its closing brace, or "{" alone; then the digest as one more field.
+    head = body[:-2] + "," if obj else "{"
+    write_text(path, head + _tail(sha256_bytes(head.encode("ascii"))))
 
 
 def read_json_with_digest(path: Path) -> dict[str, Any]:
@@ -41,33 +45,25 @@ def read_json_with_digest(path: Path) -> dict[str, Any]:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    length = len(_tail("0" * 64))
+    head, tail = raw[:-length], raw[-length:]
+    if head and tail == _tail(sha256_bytes(head)).encode("ascii"):
+        # Written by write_json_with_digest, byte for byte: it is JSON.
+        value: dict[str, Any] = json.loads(raw)
+        del value[DIGEST_KEY]
+        return value
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text)
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         raise DataError(f"{path}: damaged (not JSON); make it again") from None
     if not isinstance(value, dict) or DIGEST_KEY not in value:
         raise DataError(
             f"{path}: carries no {DIGEST_KEY!r} field; it was not written by this package"
         )
-    stated = value.pop(DIGEST_KEY)
-    # Comparing the text, not only the digest, also catches bytes that JSON does not mind.
-    if stated != _digest(value) or text != _render(value):
-        raise DataError(
-            f"{path}: does not match its own digest; it was damaged or edited; make it again"
-        )
-    return value
-
-
-def _digest(obj: Mapping[str, Any]) -> str:
-    canonical = json.dumps(
-        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    raise DataError(
+        f"{path}: does not match its own digest; it was damaged or edited; make it again"
     )
-    return sha256_bytes(canonical.encode("ascii"))
 
 
-def _render(obj: Mapping[str, Any]) -> str:
-    # Through JSON first: tuples become lists and keys strings, so that reading gives the same text.
-    plain = json.loads(json.dumps(obj, allow_nan=False))
-    plain[DIGEST_KEY] = _digest(plain)
-    return json.dumps(plain, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+def _tail(digest: str) -> str:
+    return f'\n "{DIGEST_KEY}": "{digest}"\n}}\n'

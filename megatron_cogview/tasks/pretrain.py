@@ -48,6 +48,7 @@ def run(config: RunConfig) -> None:
                 groups.pipeline_size,
                 groups.data_size,
             )
-            tokenizers = loader.dataset.shards.manifest["tokenizers"]
+            tokenizers = loader.dataset.sets[0].manifest["tokenizers"]
             fingerprints = {kind: tokenizers[kind]["fingerprint"] for kind in ("text", "image")}
+            fingerprints["data"] = loader.dataset.fingerprint
             Trainer(config, groups, engine, loader, fingerprints).run()

@@ -27,9 +27,6 @@ METADATA_KEY = "megatron_cogview.image_tokenizer"
 One entry only: the order of several is not fixed, and the fingerprint covers every byte.
 """
 
-# Pictures per pass through the network: bounds the memory, does not change codes.
-_PICTURES_PER_PASS = 64
-
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
@@ -42,6 +39,10 @@ class ImageTokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's file, lower-case hex; shards record it."""
+
+    @property
+    def encoder_precision(self) -> Literal["fp32", "bf16"]:
+        """What decides codes; shards record it."""
 
     def encode(self, images_NHWC: Tensor) -> Tensor:
         """uint8 ``[N, side, side, 3]`` -> int64 codes ``[N, grid, grid]`` on the CPU."""
@@ -69,6 +70,7 @@ class VQTokenizer:
         self._config = config
         self._fingerprint = fingerprint
         self.pixels = pixels
+        self._encoder_precision: Literal["fp32", "bf16"] = encoder_precision
         bf16 = encoder_precision == "bf16"
         self._encode_pass = self.model.encode_bf16 if bf16 else self.model.encode
 
@@ -82,8 +84,13 @@ class VQTokenizer:
         """SHA-256 of the tokenizer's file."""
         return self._fingerprint
 
+    @property
+    def encoder_precision(self) -> Literal["fp32", "bf16"]:
+        """What decides codes."""
+        return self._encoder_precision
+
     def encode(self, images_NHWC: Tensor) -> Tensor:
-        """Codes of pictures; with the fp32 encoder those of one do not depend on the others.
+        """Codes of pictures; those of one do not depend on the others.
 
         Args:
             images_NHWC: uint8 ``[N, side, side, 3]``, RGB, ``side = config.image_size``.
@@ -103,7 +110,7 @@ class VQTokenizer:
             )
         if images_NHWC.shape[0] == 0:
             return torch.empty((0, grid, grid), dtype=torch.int64)
-        passes = torch.split(images_NHWC, _PICTURES_PER_PASS)
+        passes = torch.split(images_NHWC, self.model.pictures_per_pass)
         scaled = (self.pixels.to_float(part.to(self._device)) for part in passes)
         return torch.cat([self._encode_pass(part).cpu() for part in scaled])
 
@@ -139,7 +146,7 @@ class VQTokenizer:
                 f"codes to decode: values {low}..{high} are outside the codebook, 0..{codes - 1}; "
                 "pass image codes without the vocabulary's offset"
             )
-        passes = torch.split(codes_NHW, _PICTURES_PER_PASS)
+        passes = torch.split(codes_NHW, self.model.pictures_per_pass)
         pictures = (self.model.decode(part.to(self._device)) for part in passes)
         return torch.cat([self.pixels.to_uint8(part).cpu() for part in pictures])
 
@@ -169,8 +176,8 @@ def load_image_tokenizer(
     Args:
         path: the file.
         device: where the networks run.
-        encoder_precision: ``bf16`` is faster on GPUs, but then a picture's codes may depend on its
-            batch; shards are made with ``fp32``.
+        encoder_precision: ``bf16`` is faster on GPUs, but near-ties fall differently; shards are
+            made with ``fp32``.
 
     Raises:
         DataError: no such file, not a safetensors file, no configuration inside, or weights that

@@ -1,4 +1,4 @@
-"""Pictures of folders of tars, decoded once, and the order in which training sees them.
+"""Pictures of several sources, decoded once, and the order in which training sees them.
 
 The order is a pure function of (seed, step): nothing is stored to resume it, and every process
 computes the same global batch and takes its part.  Captions play no role here.
@@ -8,9 +8,8 @@ Shapes: N pictures, V of them held out, B batch, S side in pixels, L stored side
 
 import hashlib
 import logging
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +21,11 @@ from tqdm import tqdm
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data import images
 from megatron_cogview.data.permutation import derive_key, permute
-from megatron_cogview.data.raw import (
-    DAMAGED,
-    MAX_IMAGE_BYTES,
-    RawPair,
-    Rejected,
-    WebDatasetTars,
-    _Group,
-)
+from megatron_cogview.data.raw import PairSource, RawPair, Rejected
 from megatron_cogview.storage.atomic import replacing
 from megatron_cogview.storage.digest import (
     read_json_with_digest,
     sha256_bytes,
-    sha256_file,
     write_json_with_digest,
 )
 
@@ -44,35 +35,6 @@ MEMORY_LIMIT_BYTES = 2 * 2**30
 """Decoded pictures up to here stay in memory; more go to a memory-mapped file."""
 LARGEST_VALIDATION = 2048
 """Held-out pictures kept for validation: the first ones in the order of the data."""
-
-_CAPTION_TROUBLE = (
-    "no json",
-    "invalid json",
-    "no caption",
-    "caption is not text",
-    "caption is not valid Unicode",
-)
-
-
-class PictureTars(WebDatasetTars):
-    """A folder of tars of which only the pictures matter: pairs without a caption are taken too."""
-
-    def _pair(
-        self, tar: tarfile.TarFile, source: str, key: str, group: _Group
-    ) -> RawPair | Rejected:
-        pair = super()._pair(tar, source, key, group)
-        if isinstance(pair, RawPair) or pair.reason not in _CAPTION_TROUBLE or group.image is None:
-            return pair
-        if group.image.size > MAX_IMAGE_BYTES:
-            return Rejected(pair.id, "file too large", source, f"image {group.image.size} bytes")
-        try:
-            file = tar.extractfile(group.image)
-            data = file.read() if file is not None else b""
-        except DAMAGED:
-            data = b""
-        if len(data) != group.image.size:
-            return Rejected(pair.id, "truncated image", source)
-        return RawPair(pair.id, data, "", source)
 
 
 @dataclass(frozen=True)
@@ -101,17 +63,18 @@ class Sizes:
     """L: what windows of side S are taken from."""
 
 
-def digest_of(shards: list[Path]) -> str:
-    """SHA-256 over names and contents of the tars: what the data set is."""
+def digest_of(sources: Sequence[PairSource]) -> str:
+    """SHA-256 over names and contents of all parts: what the data set is."""
+    parts = [(source, part) for source in sources for part in source.parts()]
     lines = [
-        f"{path.name} {sha256_file(path)}\n"
-        for path in tqdm(shards, desc="hashing tars", unit="tar", mininterval=1.0)
+        f"{part.name} {source.digest(part)}\n"
+        for source, part in tqdm(parts, desc="hashing data", unit="part", mininterval=1.0)
     ]
     return sha256_bytes("".join(lines).encode("utf-8"))
 
 
 def load(
-    sources: list[PictureTars],
+    sources: Sequence[PairSource],
     sizes: Sizes,
     fraction: float,
     cache_stem: Path,
@@ -122,7 +85,7 @@ def load(
     """Decode every picture once, and split.
 
     Args:
-        sources: where the pictures are.
+        sources: where the pictures are; pairs without a caption count if a source gives them.
         sizes: sides they are brought to.
         fraction: share of held-out pictures; see :func:`split`.
         cache_stem: ``STEM.bin``, ``STEM.views.npy`` and ``STEM.json`` hold the pictures if they go
@@ -142,7 +105,7 @@ def load(
 
 
 def _decode_all(
-    sources: list[PictureTars],
+    sources: Sequence[PairSource],
     sizes: Sizes,
     fraction: float,
     cache_stem: Path,
@@ -172,8 +135,8 @@ def _decode_all(
                 file.write(pixels.tobytes())
         if not ids:
             counts = ", ".join(f"{n} x {reason}" for reason, n in rejected.items()) or "no pairs"
-            folders = ", ".join(str(source.folder) for source in sources)
-            raise DataError(f"{folders}: no usable picture ({counts})")
+            folders = sorted({str(p.path.parent) for source in sources for p in source.parts()})
+            raise DataError(f"{', '.join(folders)}: no usable picture ({counts})")
     if file is None:
         return _pictures(np.stack(held), ids, views, sizes, fraction, dict(rejected))
     pixels_NLLC = _map(cache_stem, len(ids), sizes)
@@ -290,7 +253,7 @@ def part_of_batch(batch_size: int, part: tuple[int, int]) -> tuple[int, int]:
 
 
 def _decoded(
-    sources: list[PictureTars], size: int, rejected: Counter[str]
+    sources: Sequence[PairSource], size: int, rejected: Counter[str]
 ) -> Iterator[tuple[str, bytes, NDArray[np.uint8]]]:
     """Id, file and pixels of each picture that can be decoded."""
     with tqdm(desc="decoding pictures", unit="pic", mininterval=1.0) as bar:
@@ -308,10 +271,10 @@ def _decoded(
             yield pair.id, pair.image, pixels
 
 
-def _pairs(sources: list[PictureTars]) -> Iterator[RawPair | Rejected]:
+def _pairs(sources: Sequence[PairSource]) -> Iterator[RawPair | Rejected]:
     for source in sources:
-        for path in source.shards():
-            yield from source.read(path)
+        for part in source.parts():
+            yield from source.read(part)
 
 
 def _hash(identity: str) -> float:

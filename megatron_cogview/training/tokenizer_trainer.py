@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.raw import PairSource
+from megatron_cogview.data.sources import open_pictures
 from megatron_cogview.storage.atomic import locked_directory, write_text
 from megatron_cogview.storage.digest import sha256_bytes, sha256_file
+from megatron_cogview.tokenization.exactness import repeatable
 from megatron_cogview.tokenization.image import (
     VQTokenizer,
     load_image_tokenizer,
@@ -29,9 +33,9 @@ from megatron_cogview.tokenization.image import (
 from megatron_cogview.tokenization.pixels import OURS
 from megatron_cogview.training import picture_stream
 from megatron_cogview.training.metrics import MetricsLog
-from megatron_cogview.training.picture_stream import Pictures, PictureTars
+from megatron_cogview.training.picture_stream import Pictures
 from megatron_cogview.training.tokenizer_report import judge, perplexity, write_report
-from megatron_cogview.training.tokenizer_state import load_newest, save_checkpoint
+from megatron_cogview.training.tokenizer_state import Progress, resume, save_checkpoint
 from megatron_cogview.training.tokenizer_update import TokenizerUpdate, uses_bf16
 from megatron_cogview.training.world import World
 
@@ -58,7 +62,8 @@ def train_tokenizer(config: RunConfig, world: World) -> Path:
     """
     training = config.tokenizer_training
     if not training.data:
-        raise refuse("tokenizer_training.data", training.data, "name folders of WebDataset tars")
+        why = "name folders of tars, or tables of pictures"
+        raise refuse("tokenizer_training.data", training.data, why)
     if training.batch_size < world.size:
         raise refuse(
             "tokenizer_training.batch_size",
@@ -66,15 +71,13 @@ def train_tokenizer(config: RunConfig, world: World) -> Path:
             f"must be at least the number of processes, {world.size}",
         )
     output = Path(training.output)
-    sources = [PictureTars(Path(folder)) for folder in training.data]
+    sources = [open_pictures(Path(folder)) for folder in training.data]
     with ExitStack() as stack:
         data_digest = ""
         if world.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_directory(output))
-            data_digest = picture_stream.digest_of(
-                [path for source in sources for path in source.shards()]
-            )
+            data_digest = picture_stream.digest_of(sources)
             _claim(output, _identity(config, data_digest, world), config)
         data_digest, finished = world.from_rank_0((data_digest, _is_finished(output)))
         if finished:
@@ -96,22 +99,23 @@ class _Run:
         self.config, self.pictures, self.world = config, pictures, world
         self.tokenizer, self.training = config.image_tokenizer, config.tokenizer_training
         self.output = Path(self.training.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.seconds_before, self.began = 0.0, time.monotonic()
         self.update = TokenizerUpdate(config, world)
         self.code_counts = torch.zeros(self.tokenizer.num_codes, device=world.device)
 
     def train(self) -> None:
         """Run the steps that are left, then judge and write the final files."""
-        training, parts = self.training, self.update.parts
-        checkpoints = self.output / "checkpoints"
-        start, seconds_before = load_newest(checkpoints, parts)
-        began = time.monotonic()
+        training = self.training
+        before = resume(self.checkpoints, self.update.parts, self.world)
+        start = 0
+        if before is not None:
+            start, self.seconds_before = before.step, before.seconds
+            self.code_counts += before.code_counts.to(self.world.device)
         main = self.world.rank == 0
-        deterministic = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=True
-        )
         log = MetricsLog(self.output, start, training.steps, main, "image tokenizer", _SHOWN)
-        with deterministic, log:
-            logged, logged_at = start, began
+        with repeatable(self.world.device), log:
+            logged, logged_at = start, self.began
             for step in range(start, training.steps):
                 losses = self._step(step)
                 log.advance()
@@ -127,11 +131,23 @@ class _Run:
                     values |= self._validate(done, log)
                 if values:
                     log.write(done, values)
-                if main and (done % training.save_every == 0 or done == training.steps):
-                    spent = seconds_before + time.monotonic() - began
-                    save_checkpoint(checkpoints, parts, step=done, seconds=spent)
+                if done % training.save_every == 0 or done == training.steps:
+                    self._save(done)
         if main:
-            self._finish(seconds_before + time.monotonic() - began)
+            self._finish()
+
+    @property
+    def _seconds(self) -> float:
+        """Time spent, earlier lives included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint; every process adds its uses of the codes."""
+        counts = self.code_counts.clone()
+        self.world.sum([counts])
+        if self.world.rank == 0:
+            progress = Progress(done, self._seconds, counts)
+            save_checkpoint(self.checkpoints, self.update.parts, progress)
 
     def _is_validated(self, done: int) -> bool:
         """There is nothing to judge before there is a codebook."""
@@ -186,14 +202,14 @@ class _Run:
         log.picture(done, "reconstructions", sheet)
         return {f"validation_{name}": float(value) for name, value in numbers.items()}
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self) -> None:
         """Final file, verdict on held-out pictures, and last of all ``summary.json``."""
         path = self.output / FINAL_FILE
         save_image_tokenizer(self.update.model, self.tokenizer, path)
         tokenizer = load_image_tokenizer(path, str(self.world.device))
         summary = {
             **write_report(tokenizer, self.pictures, self.output),
-            "seconds": seconds,
+            "seconds": self._seconds,
             "steps": self.training.steps,
             "training_pictures": len(self.pictures.train_rows),
             "validation_pictures": len(self.pictures.pixels_NLLC) - len(self.pictures.train_rows),
@@ -268,7 +284,7 @@ def _is_finished(output: Path) -> bool:
 
 
 def _pictures(
-    config: RunConfig, sources: list[PictureTars], data_digest: str, world: World
+    config: RunConfig, sources: Sequence[PairSource], data_digest: str, world: World
 ) -> Pictures:
     """Decode once, on rank 0; with several processes the others map its file."""
     training, size = config.tokenizer_training, config.image_tokenizer.image_size

@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 CONTINUED = (
     "data.seed",
     "data.validation_fraction",
+    "data.weights",
     "training.global_batch_size",
     "training.seed",
 )
@@ -51,7 +52,7 @@ class Trainer:
         topology: process groups.
         engine: model and optimizer.
         loader: batches by step number.
-        fingerprints: SHA-256 of both tokenizers, kept in every checkpoint.
+        fingerprints: SHA-256 of both tokenizers and of the shards, kept in every checkpoint.
     """
 
     def __init__(
@@ -162,7 +163,9 @@ class Trainer:
         if found is None:
             return 0
         directory, manifest = found
-        check_belongs(directory, manifest["state"], self.config, self.fingerprints, CONTINUED)
+        accepted = {"data"} if self.config.data.accept_changes else set()
+        wanted = {k: v for k, v in self.fingerprints.items() if k not in accepted}
+        check_belongs(directory, manifest["state"], self.config, wanted, CONTINUED)
         self.engine.load(directory)
         step = int(manifest["step"])
         if self.topology.is_main:

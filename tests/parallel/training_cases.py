@@ -17,8 +17,13 @@ from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.configs.sequence import SequenceConfig
 from megatron_cogview.data.loader import TrainLoader, build_loader
-from megatron_cogview.data.shards import MANIFEST, record_dtype, shard_name, write_shard
-from megatron_cogview.storage.digest import write_json_with_digest
+from megatron_cogview.data.shards import (
+    record_dtype,
+    sample_id,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from megatron_cogview.tokenization.layout import SequenceLayout
 from tests.parallel.cases import PIVOT, VOCAB, run_config, small_model
 
@@ -40,18 +45,16 @@ def write_tokens(folder: Path) -> None:
     for record in records:
         length = int(record["text_length"])
         record["text"][:length] = rng.integers(0, VOCAB.num_text_ids, length)
+    records["sample_id"] = [sample_id(str(n)) for n in range(NUM_RECORDS)]
     entry = write_shard(folder / shard_name(0), records)
-    manifest = {
-        "version": 1,
-        "records": NUM_RECORDS,
+    about = {
         "layout": {"codes_per_side": [SIDE], "longest_text": BUDGET},
         "tokenizers": {
             "text": {"fingerprint": "t", "vocab_size": VOCAB.num_text_ids},
             "image": {"fingerprint": "i", "num_codes": VOCAB.num_image_codes},
         },
-        "shards": [entry],
     }
-    write_json_with_digest(folder / MANIFEST, manifest)
+    write_manifest(folder, [entry], about)
 
 
 def training_config(
@@ -65,7 +68,7 @@ def training_config(
             hidden_dropout=0.1, attention_dropout=0.1, attention=attention or AttentionConfig()
         ),
         sequence=SequenceConfig(length=25, text_budget=BUDGET, codes_per_side=(SIDE,)),
-        data=DataConfig(shards=f"{folder}/tokens", validation_fraction=0.1),
+        data=DataConfig(shards=(f"{folder}/tokens",), validation_fraction=0.1),
         training=replace(
             base.training,
             output=f"{folder}/{output}",

@@ -74,6 +74,15 @@ def test_the_demos_tokenizers_are_interchangeable() -> None:
         assert getattr(one.image_tokenizer, name) == getattr(other.image_tokenizer, name)
 
 
+def test_released_preset_sets_the_tokenizers_switches() -> None:
+    """(g - dist) / tau of the squared distance; all else of the tokenizer is the paper's."""
+    released, paper = preset("released").image_tokenizer, base_4b().image_tokenizer
+    assert released.gumbel.scale_noise
+    assert released.gumbel.squared
+    assert replace(released, gumbel=paper.gumbel) == paper
+    assert not (paper.gumbel.scale_noise or paper.gumbel.squared)
+
+
 def test_pre_norm_has_half_the_norms() -> None:
     sandwich = base_4b().model
     pre = replace(sandwich, norm=NormConfig(placement="pre"))
@@ -124,7 +133,7 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
 def test_json_round_trip_of_changed_values() -> None:
     config = replace(
         tiny(),
-        data=DataConfig(shards="图像/tokens", verify_crc=False),
+        data=DataConfig(shards=("图像/tokens",), verify_crc=False),
         parallel=ParallelConfig(tensor=2, sequence=True),
     )
     again = RunConfig.from_json(config.to_json())

@@ -13,8 +13,14 @@ from megatron_cogview.configs.training import TrainingConfig
 from megatron_cogview.configs.vocab import VocabConfig
 from megatron_cogview.data.dataset import TokenDataset
 from megatron_cogview.data.loader import TrainLoader, build_loader
-from megatron_cogview.data.shards import MANIFEST, ShardSet, record_dtype, shard_name, write_shard
-from megatron_cogview.storage.digest import write_json_with_digest
+from megatron_cogview.data.shard_set import ShardSet
+from megatron_cogview.data.shards import (
+    record_dtype,
+    sample_id,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 VOCAB = VocabConfig(num_image_codes=40, num_text_ids=1000)
@@ -26,41 +32,50 @@ TRAINING = TrainingConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """100 records; the first text id of a record is its number."""
-    path = tmp_path_factory.mktemp("tokens")
-    rng = np.random.default_rng(0)
-    shards, number = [], 0
-    for index, count in enumerate(COUNTS):
+def write_set(path, counts, first=0, text="t"):
+    """Records numbered through from ``first``; the first text id of one is its number."""
+    path.mkdir(exist_ok=True)
+    rng = np.random.default_rng(first)
+    entries, number = [], first
+    for index, count in enumerate(counts):
         records = np.zeros(count, dtype=record_dtype((3,)))
         records["image0"] = rng.integers(0, 40, (count, 3, 3))
         for record in records:
             length = 1 + number % 6
             record["text"][:length] = number
             record["text_length"] = length
+            record["sample_id"] = sample_id(f"id{number}")
             number += 1
-        shards.append(write_shard(path / shard_name(index), records))
-    manifest = {
-        "version": 1,
-        "records": 100,
+        entries.append(write_shard(path / shard_name(index), records))
+    about = {
         "layout": {"codes_per_side": [3], "longest_text": 6},
         "tokenizers": {
-            "text": {"fingerprint": "t", "vocab_size": 1000},
+            "text": {"fingerprint": text, "vocab_size": 1000},
             "image": {"fingerprint": "i", "num_codes": 40},
         },
-        "shards": shards,
     }
-    write_json_with_digest(path / MANIFEST, manifest)
+    write_manifest(path, entries, about)
     return path
 
 
-def loader(folder, rank=0, size=1, fraction=0.2, seed=1, **training):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("tokens"), COUNTS)
+
+
+def loader(*folders, rank=0, size=1, fraction=0.2, seed=1, weights=(), prefetch=0, **training):
+    data = DataConfig(
+        shards=tuple(map(str, folders)),
+        weights=weights,
+        validation_fraction=fraction,
+        seed=seed,
+        prefetch=prefetch,
+    )
     return TrainLoader(
-        ShardSet(folder),
+        [ShardSet(folder) for folder in folders],
         LAYOUT,
         dataclasses.replace(TRAINING, **training),
-        DataConfig(validation_fraction=fraction, seed=seed),
+        data,
         rank,
         size,
     )
@@ -71,9 +86,14 @@ def record_numbers(batches):
     return [int(t) - 40 for batch in batches for t in batch.tokens_BS[:, 1]]
 
 
+def numbers_at(folder, records):
+    """The numbers in the texts of these records."""
+    return ShardSet(folder).read(records)["text"][:, 0].tolist()
+
+
 def test_sequences_equal_single_builds(folder):
     shards = ShardSet(folder)
-    dataset = TokenDataset(shards, LAYOUT, 2.0, 0.5)
+    dataset = TokenDataset([shards], LAYOUT, 2.0, 0.5)
     assert len(dataset) == 100
     numbers = np.array([99, 3, 60, 3])
     out = dataset.sequences(numbers)
@@ -109,7 +129,7 @@ def test_batch_types_shapes_and_pivot_key(folder):
 def test_ranks_together_read_what_one_rank_reads(folder, size):
     for step in (0, 7):
         whole = loader(folder).micro_batches(step)
-        parts = [loader(folder, rank, size).micro_batches(step) for rank in range(size)]
+        parts = [loader(folder, rank=rank, size=size).micro_batches(step) for rank in range(size)]
         for name in ("tokens_BS", "labels_BS", "loss_weights_BS", "pivot_key_B2"):
             together = torch.cat([getattr(b, name) for part in parts for b in part])
             assert torch.equal(together, torch.cat([getattr(b, name) for b in whole]))
@@ -125,8 +145,8 @@ def test_epochs_cover_the_training_part_and_resume_needs_the_step_only(folder):
     train = loader(folder)
     steps = [record_numbers(train.micro_batches(step)) for step in range(20)]
     stream = [number for step in steps for number in step]
-    size = train.split.num_train
-    expected = sorted(train.split.train(np.arange(size)).tolist())
+    size = train.sampler.splits[0].num_train
+    expected = sorted(numbers_at(folder, train.sampler.splits[0].train(np.arange(size))))
     assert sorted(stream[:size]) == sorted(stream[size : 2 * size]) == expected
     assert stream[:size] != stream[size : 2 * size]
     assert record_numbers(loader(folder).micro_batches(13)) == steps[13]
@@ -141,14 +161,19 @@ def test_validation_counts_every_record_once_and_no_training_record(folder):
         for batch in one.validation(index):
             counted = batch.loss_weights_BS.sum(1) > 0
             seen += np.array(record_numbers([batch]))[counted.numpy()].tolist()
-    assert sorted(seen) == one.split.validation(np.arange(one.split.num_validation)).tolist()
-    assert len(seen) == one.split.num_validation
+    split = one.sampler.splits[0]
+    held_out = numbers_at(folder, split.validation(np.arange(split.num_validation)))
+    assert sorted(seen) == sorted(held_out)
+    # By the hash of their ids, and nothing else.
+    assert sorted(seen) == [n for n in range(100) if sample_id(f"id{n}") < (2**64 * 2) // 10]
     assert len(seen) % 16 > 0
-    train = set(one.split.train(np.arange(one.split.num_train)).tolist())
+    train = set(numbers_at(folder, split.train(np.arange(split.num_train))))
     assert train.isdisjoint(seen)
     again = one.validation(one.num_validation_batches)
     assert record_numbers(again) == record_numbers(one.validation(0))
-    halves = [loader(folder, r, 2, global_batch_size=16, micro_batch_size=4) for r in range(2)]
+    halves = [
+        loader(folder, rank=r, size=2, global_batch_size=16, micro_batch_size=4) for r in range(2)
+    ]
     together = [n for half in halves for n in record_numbers(half.validation(1))]
     assert together == record_numbers(one.validation(1))
     # The split does not depend on the shuffle's seed.
@@ -161,7 +186,7 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(ConfigError, match="no validation records"):
         loader(folder, fraction=0.0).validation(0)
     with pytest.raises(ConfigError, match=r"multiple of training\.micro_batch_size"):
-        loader(folder, 0, 5)
+        loader(folder, size=5)
     shards = ShardSet(folder)
     for sequence, vocab, words in (
         (dataclasses.replace(SEQUENCE, codes_per_side=(2,)), VOCAB, r"codes_per_side = \(2,\)"),
@@ -170,9 +195,81 @@ def test_refusals(folder, tmp_path):
         (SEQUENCE, VocabConfig(num_image_codes=40, num_text_ids=999), "num_text_ids = 999"),
     ):
         with pytest.raises(ConfigError, match=words):
-            TokenDataset(shards, SequenceLayout(sequence, vocab))
+            TokenDataset([shards], SequenceLayout(sequence, vocab))
     with pytest.raises(ConfigError, match="not set"):
         build_loader(LAYOUT, TRAINING, DataConfig())
     with pytest.raises(DataError, match="no finished token shards"):
-        build_loader(LAYOUT, TRAINING, DataConfig(shards=str(tmp_path)))
-    assert len(build_loader(LAYOUT, TRAINING, DataConfig(shards=str(folder))).dataset) == 100
+        build_loader(LAYOUT, TRAINING, DataConfig(shards=(str(tmp_path),)))
+    assert len(build_loader(LAYOUT, TRAINING, DataConfig(shards=(str(folder),))).dataset) == 100
+
+
+def test_prefetching_changes_nothing(folder):
+    plain, ahead = loader(folder), loader(folder, prefetch=3)
+    for step in (0, 1, 2, 7, 3, 3, 8):
+        for one, other in zip(plain.micro_batches(step), ahead.micro_batches(step), strict=True):
+            for field in dataclasses.fields(one):
+                assert torch.equal(getattr(one, field.name), getattr(other, field.name))
+    assert len(ahead._pending) <= 4
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """Half of the records of ``folder`` once more, and as many others."""
+    return write_set(tmp_path_factory.mktemp("more"), (30, 70), first=50)
+
+
+def test_a_mixture_draws_by_weight_and_covers_each_set(folder, second):
+    def consumed(steps, **options):
+        train = loader(folder, second, **options)
+        sizes = [split.num_train for split in train.sampler.splits]
+        samples = np.arange(steps * 12)
+        return train.sampler.records(samples), sizes
+
+    records, sizes = consumed(4000, weights=(3.0, 1.0))
+    first = records < 100
+    assert abs(first.mean() - 0.75) < 0.01
+    # Each set runs through its own epochs, whole, whatever the weights.
+    epoch = records[first][: sizes[0]]
+    assert len(set(epoch.tolist())) == sizes[0]
+    assert len(set(records[~first][: sizes[1]].tolist())) == sizes[1]
+    # By default every record is seen equally often.
+    records, sizes = consumed(4000)
+    assert abs((records < 100).mean() - sizes[0] / sum(sizes)) < 0.01
+
+
+def test_a_mixture_splits_by_id_and_not_by_set(folder, second):
+    """The records both sets hold are on one side, or training would see validation."""
+    train = loader(folder, second, weights=(1.0, 1.0))
+    seen = {n for step in range(60) for n in record_numbers(train.micro_batches(step))}
+    held_out = set()
+    for index in range(train.num_validation_batches):
+        for batch in train.validation(index):
+            counted = batch.loss_weights_BS.sum(1) > 0
+            held_out |= set(np.array(record_numbers([batch]))[counted.numpy()].tolist())
+    assert seen.isdisjoint(held_out)
+    assert seen | held_out == set(range(150))
+    assert held_out & set(range(50, 100))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_mixture_is_the_same_for_any_number_of_ranks(folder, second, size):
+    options = {"weights": (1.0, 2.0)}
+    whole = record_numbers(loader(folder, second, **options).micro_batches(5))
+    parts = [loader(folder, second, rank=r, size=size, **options) for r in range(size)]
+    assert [n for part in parts for n in record_numbers(part.micro_batches(5))] == whole
+
+
+def test_mixtures_that_do_not_go_together(folder, second, tmp_path):
+    other = write_set(tmp_path / "other", (5,), text="u")
+    with pytest.raises(DataError, match=r"text tokenizer t and .*other with u"):
+        loader(folder, other)
+    with pytest.raises(ConfigError, match=r"one weight for each of the 2"):
+        DataConfig(shards=("a", "b"), weights=(1.0,))
+    with pytest.raises(ConfigError, match="folder twice"):
+        DataConfig(shards=("a", "a"))
+    with pytest.raises(ConfigError, match="at least 0"):
+        DataConfig(shards=("a", "b"), weights=(0.0, 0.0))
+    with pytest.raises(ConfigError, match=r"0\.012 or 0\.013"):
+        DataConfig(validation_fraction=0.0124)
+    zero = loader(folder, second, weights=(1.0, 0.0))
+    assert (zero.sampler.records(np.arange(5000)) < 100).all()

@@ -1,6 +1,9 @@
 """data.images: every mode becomes upright RGB on white; bad files become DataError."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ from PIL import Image
 
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data import images
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def encoded(image, kind="PNG", **options):
@@ -156,3 +161,71 @@ def test_thin_picture_and_shrink():
     ]
     flat = np.full((16, 16, 3), 77, dtype=np.uint8)
     assert (images.shrink(flat, 8) == np.full((8, 8, 3), 77)).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 400), (400, 500), (1600, 1200), (257, 256)])
+def test_jpeg_pixels_are_pillows_within_one_level(width, height):
+    """Also where the decoder works at half size or less: 0.25 levels on average, 1 allowed."""
+    y, x = np.mgrid[0:height, 0:width] / 37.0
+    smooth = np.stack([np.sin(x + k) + np.cos(y - k) for k in range(3)], -1)
+    grain = np.random.default_rng(0).normal(0, 6, (height, width, 3))
+    picture = Image.fromarray((127 + 50 * smooth + grain).clip(0, 255).astype(np.uint8))
+    data = encoded(picture, "JPEG", quality=90)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    oracle = Image.open(io.BytesIO(data)).resize((256, 256), Image.Resampling.BICUBIC, box=box)
+    difference = np.abs(images.decode(data, 256).astype(int) - np.asarray(oracle))
+    assert difference.mean() <= 1.0
+
+
+def test_jpeg_colours_grey_and_oddities():
+    grey = Image.fromarray(noise(40, 40))
+    out = images.decode(encoded(grey, "JPEG", quality=95), 40)
+    assert (out[..., 0] == out[..., 1]).all()
+    rgb = encoded(Image.fromarray(noise(32, 32, 3)), "JPEG", quality=95)
+    # Stray bytes before the end marker: the strict decoder refuses, the picture is whole.
+    odd = rgb[:-2] + b"\x00\x01\x02\x03" + rgb[-2:]
+    assert np.abs(images.decode(odd, 32).astype(int) - images.decode(rgb, 32)).mean() < 3
+    progressive = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG", progressive=True)
+    assert images.decode(progressive, 16).shape == (16, 16, 3)
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    flat = Image.fromarray(np.full((8, 8, 3), 90, dtype=np.uint8))
+    good = encoded(flat, "JPEG", exif=exif)
+    start = good.index(b"Exif\0\0") + 6
+    for at in range(start, start + 23, 2):
+        damaged = bytearray(good)
+        damaged[at : at + 4] = b"\xff\xfe\xff\xfe"
+        assert np.abs(images.decode(bytes(damaged), 8).astype(int) - 90).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_large_pictures_are_decoded_within_bounds(kind):
+    """40 million pixels, with transparency where the format has it: about 280 MB at most."""
+    code = (
+        "import io, resource, sys\n"
+        "from PIL import Image\n"
+        "from megatron_cogview.data import images\n"
+        "mode = 'RGB' if sys.argv[1] == 'JPEG' else 'RGBA'\n"
+        "side = 2500 if sys.argv[1] == 'WEBP' else 6300\n"
+        "image = Image.new(mode, (side, side), (200, 10, 20, 128)[: len(mode)])\n"
+        "buffer = io.BytesIO()\n"
+        "image.save(buffer, sys.argv[1])\n"
+        "del image\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "before = peak()\n"
+        "out = images.decode(buffer.getvalue(), 256)\n"
+        "print((peak() - before) // 1024, out.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, kind], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, shape = done.stdout.split(maxsplit=1)
+    assert shape.strip() == "(256, 256, 3)"
+    assert int(megabytes) < 320

@@ -16,6 +16,7 @@ MEGATRON_USERS = (
     "engines",
     "parallel",
     "testing",
+    "analysis/data_speed",
     "checkpoint/sharded.py",
     "generation/decoder.py",
 )

@@ -1,14 +1,12 @@
 """data.permutation, split and sampler: bijections, disjoint parts, one global order."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.data.permutation import derive_key, permute
 from megatron_cogview.data.sampler import Sampler, rank_samples
-from megatron_cogview.data.split import Split
+from megatron_cogview.data.split import Split, split_counts, split_row
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4097])
@@ -69,55 +67,57 @@ def test_permutation_refuses():
     assert permute(np.zeros(0, dtype=np.int64), 5, 0).shape == (0,)
 
 
-SIZES = [0, 1, 2, 3, 10, 999, 1000, 1001, 1999, 2000, 2500, 7777]
-FRACTIONS = [0.0, 0.0001, 0.01, 0.1, 0.5, 0.9, 0.9999]
+def split_of(ids_by_shard, fraction):
+    """A split of shards of sorted ids, as their table of counts gives it."""
+    ids = [np.sort(np.asarray(ids, dtype=np.uint64)) for ids in ids_by_shard]
+    held_out = [split_counts(each)[split_row(fraction)] for each in ids]
+    return Split([len(each) for each in ids], held_out), np.concatenate(ids)
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
-def test_split_is_disjoint_exhaustive_and_stable(fraction):
-    sides = Split(max(SIZES), fraction).is_validation(np.arange(max(SIZES)))
-    for size in SIZES:
-        split = Split(size, fraction)
-        train = split.train(np.arange(split.num_train))
-        validation = split.validation(np.arange(split.num_validation))
-        assert sorted([*train.tolist(), *validation.tolist()]) == list(range(size))
-        if size >= 2:
-            # Appending records changes no record's side.
-            assert not sides[train].any()
-            assert sides[validation].all()
-            assert split.num_train >= 1
-            assert (split.num_validation >= 1) == (fraction > 0)
-
-
-def test_split_shares_per_block():
-    split = Split(7777, 0.05)
-    sides = split.is_validation(np.arange(7777))
-    assert Counter((np.flatnonzero(sides) // 1000).tolist())[3] == 50
-    assert all((sides[b * 1000 : b * 1000 + 1000].sum() == 50) for b in range(7))
-    blocks = {tuple(np.flatnonzero(sides[b * 1000 : b * 1000 + 1000])) for b in range(7)}
-    assert len(blocks) == 7
+@pytest.mark.parametrize("fraction", [0.0, 0.0001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_split_is_disjoint_exhaustive_and_by_id(fraction):
+    rng = np.random.default_rng(3)
+    shards = [rng.integers(0, 2**64, n, dtype=np.uint64) for n in (0, 1, 700, 0, 5000, 33)]
+    split, ids = split_of(shards, fraction)
+    train = split.train(np.arange(split.num_train))
+    validation = split.validation(np.arange(split.num_validation))
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(len(ids)))
+    limit = round(fraction * 10_000) * 2**64 // 10_000
+    assert all(int(i) < limit for i in ids[validation])
+    assert all(int(i) >= limit for i in ids[train])
     with pytest.raises(IndexError):
         split.train([split.num_train])
-    with pytest.raises(ConfigError, match="validation_fraction"):
-        Split(10, 1.0)
+    with pytest.raises(IndexError):
+        split.validation([-1])
 
 
-def test_split_of_a_billion_records_needs_no_table():
-    split = Split(10**9 + 1, 0.01)
-    records = split.train(np.array([0, split.num_train - 1]))
-    assert not split.is_validation(records).any()
+def test_split_at_the_edges_of_the_id_range():
+    edges = [0, 2**64 // 2 - 1, 2**64 // 2, 2**64 - 1]
+    split, _ = split_of([edges], 0.5)
+    assert split.validation(np.arange(2)).tolist() == [0, 1]
+    assert split_counts(np.array(edges, dtype=np.uint64))[-1] == 4
+
+
+def test_split_keeps_sides_when_shards_are_added():
+    rng = np.random.default_rng(4)
+    shards = [rng.integers(0, 2**64, 300, dtype=np.uint64) for _ in range(4)]
+    few, _ = split_of(shards[:2], 0.1)
+    more, _ = split_of(shards, 0.1)
+    before = few.validation(np.arange(few.num_validation))
+    after = more.validation(np.arange(more.num_validation))
+    assert before.tolist() == after[after < 600].tolist()
 
 
 def test_every_epoch_visits_every_training_record_once_in_a_new_order():
-    split = Split(500, 0.1)
+    split = Split([200, 300], [20, 30])
     n = split.num_train
-    sampler = Sampler(split, seed=3)
+    sampler = Sampler([split], seed=3)
     epochs = sampler.records(np.arange(3 * n)).reshape(3, n)
     expected = sorted(split.train(np.arange(n)).tolist())
     assert all(sorted(e.tolist()) == expected for e in epochs)
     assert not (epochs[0] == epochs[1]).all()
     assert not (epochs[1] == epochs[2]).all()
-    other = Sampler(split, seed=4).records(np.arange(n))
+    other = Sampler([split], seed=4).records(np.arange(n))
     assert not (other == epochs[0]).all()
     # Any part of the stream alone is the same as within the whole: resume needs one number.
     part = sampler.records(np.arange(n - 5, n + 5))
@@ -134,4 +134,4 @@ def test_sampler_refuses():
     with pytest.raises(ConfigError, match="global_batch_size = 12"):
         rank_samples(0, 12, 0, 5)
     with pytest.raises(DataError, match="no training records"):
-        Sampler(Split(0, 0.0), 1)
+        Sampler([Split([0], [0])], 1)

@@ -10,14 +10,20 @@ from PIL import Image
 
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data import images
+from megatron_cogview.data.captions import PICTURES_ONLY
+from megatron_cogview.data.webdataset import WebDatasetTars
 from megatron_cogview.testing.picture_tars import write_tars
 from megatron_cogview.training import picture_stream
-from megatron_cogview.training.picture_stream import Pictures, PictureTars, Sizes, training_batch
+from megatron_cogview.training.picture_stream import Pictures, Sizes, training_batch
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tars(tmp_path_factory.mktemp("stream") / "tars")
+
+
+def tars(folder: Path) -> WebDatasetTars:
+    return WebDatasetTars(folder, PICTURES_ONLY)
 
 
 def stored(pixels: np.ndarray) -> Pictures:
@@ -95,13 +101,12 @@ def test_windows_lie_everywhere_in_the_stored_picture() -> None:
 @pytest.mark.parametrize("side", [16, 20])
 def test_held_out_pictures_are_as_the_tokenisation_tool_sees_them(data: Path, side: int) -> None:
     found = picture_stream.load(
-        [PictureTars(data)], Sizes(16, side), 0.3, data / "none", always_file=False
+        [tars(data)], Sizes(16, side), 0.3, data / "none", always_file=False
     )
     assert found.pixels_NLLC.shape[1:] == (side, side, 3)
     assert 3 < len(found.validation_ids) == len(found.validation_VSSC)
-    by_id = {
-        p.id: p.image for tar in PictureTars(data).shards() for p in PictureTars(data).read(tar)
-    }
+    source = tars(data)
+    by_id = {p.id: p.image for part in source.parts() for p in source.read(part)}
     for identity, view in zip(found.validation_ids, found.validation_VSSC, strict=True):
         assert np.array_equal(view, images.decode(by_id[identity], 16))
         assert np.array_equal(view, np.asarray(Image.open(io.BytesIO(by_id[identity]))))
@@ -110,7 +115,7 @@ def test_held_out_pictures_are_as_the_tokenisation_tool_sees_them(data: Path, si
 def test_several_folders_are_one_data_set(data: Path, tmp_path: Path) -> None:
     other = write_tars(tmp_path / "more", number=10)
     both = picture_stream.load(
-        [PictureTars(data), PictureTars(other)],
+        [tars(data), tars(other)],
         Sizes(16, 16),
         0.2,
         tmp_path / "c",
@@ -125,7 +130,7 @@ def test_file_cache_holds_the_same_pictures_as_memory(data: Path, tmp_path: Path
 
     def load(stem: str, **settings: Any) -> Pictures:
         arguments = {"always_file": False, **settings}
-        return picture_stream.load([PictureTars(data)], sizes, 0.2, tmp_path / stem, **arguments)
+        return picture_stream.load([tars(data)], sizes, 0.2, tmp_path / stem, **arguments)
 
     held = load("a")
     spilled = load("b", memory_limit=18 * 18 * 3 * 10)
@@ -146,9 +151,7 @@ def test_file_cache_holds_the_same_pictures_as_memory(data: Path, tmp_path: Path
 
 def test_a_data_set_too_small_for_its_fraction_still_holds_one_out(tmp_path: Path) -> None:
     few = write_tars(tmp_path / "few", number=6)
-    found = picture_stream.load(
-        [PictureTars(few)], Sizes(16, 20), 1e-6, tmp_path / "c", always_file=False
-    )
+    found = picture_stream.load([tars(few)], Sizes(16, 20), 1e-6, tmp_path / "c", always_file=False)
     assert len(found.validation_VSSC) == len(found.validation_ids) == 1
     assert found.validation_VSSC.shape == (1, 16, 16, 3)
     assert len(found.train_rows) == 5

@@ -138,11 +138,52 @@ def test_several_folders_in_their_order_up_to_the_limit(
         reconstruct([], Darkening(1), tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden"])
-def test_ids_that_cannot_name_files_are_refused(tmp_path: Path, name: str) -> None:
-    write_tar(tmp_path / "a.tar", {name: pictures(1)["p-0"]})
-    with pytest.raises(DataError, match="cannot name a file"):
-        reconstruct([tmp_path], Darkening(0), tmp_path / "out")
+def test_ids_that_cannot_name_files_get_names_that_can(tmp_path: Path) -> None:
+    names = ["../escape", "a/b", "a_b", ".hidden", "图", "x" * 300]
+    picture = pictures(1)["p-0"]
+    write_tar(tmp_path / "a.tar", dict.fromkeys(names, picture))
+    out = tmp_path / "out"
+    assert reconstruct([tmp_path], Darkening(0), out)["pictures"] == len(names)
+    lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    files = {record["id"]: record["file"] for record in map(json.loads, lines)}
+    assert list(files) == names
+    assert files["a_b"] == "a_b.png"
+    assert len(set(files.values())) == len(names)
+    assert {p.name for p in out.glob("**/*.png")} == {*files.values(), "sheet.png"}
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("a.tar", "out")]
+
+
+def test_pictures_without_captions_and_tables_are_reconstructed(tmp_path: Path) -> None:
+    """What an image tokenizer was trained on can be looked at."""
+    buffer = io.BytesIO()
+    Image.fromarray(pictures(1)["p-0"]).save(buffer, "PNG")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("1.png")
+        member.size = len(buffer.getvalue())
+        tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "1.png").write_bytes(buffer.getvalue())
+    (tmp_path / "table" / "pairs.jsonl").write_text('{"image": "1.png"}\n')
+    for folder in ("tars", "table"):
+        assert reconstruct([tmp_path / folder], Darkening(0), tmp_path / f"{folder}-out")
+
+
+def test_pairs_without_an_id_are_named_after_tar_and_key(tmp_path: Path) -> None:
+    """As img2dataset writes them; two tars may hold the same key."""
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            buffer = io.BytesIO()
+            Image.fromarray(pictures(1)["p-0"]).save(buffer, "PNG")
+            for extension, data in (("png", buffer.getvalue()), ("txt", b"caption")):
+                member = tarfile.TarInfo(f"000.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    reconstruct([tmp_path], Darkening(0), tmp_path / "out")
+    lines = (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["id"] for record in records] == ["a/000", "b/000"]
+    assert all((tmp_path / "out" / record["file"]).is_file() for record in records)
 
 
 def test_repeated_ids_and_empty_input_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """tokenization.text: plain text in, no control ids out; training."""
 
+import random
 import unicodedata
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import sentencepiece as spm
 
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.vocab import VocabConfig
-from megatron_cogview.tokenization.text import TextTokenizer, adopt, normalise, train
+from megatron_cogview.tokenization.text import TextTokenizer, _all_normal, adopt, normalise, train
 
 CAPTIONS = [
     f"{size} {colour} {shape}"
@@ -31,6 +32,20 @@ def test_normalise():
     assert normalise("  a\r\n\tb\x00\x7f\u2028c　d ") == "a b c d"
     assert normalise("e\u0301") == "é"
     assert normalise("\n\t ") == ""
+
+
+def test_what_is_taken_for_normal_is_normal():
+    """The look at a whole batch may only say yes where nothing would change."""
+    pieces = ["a", " ", "  ", "|", "\n", "\u3000", "\u0301", "e", "é", "圆", "\u00a0", "\ud800", ""]
+    rng = random.Random(0)
+    yes = 0
+    for _ in range(4000):
+        batch = ["".join(rng.choices(pieces, k=rng.randrange(4))) for _ in range(2)]
+        if _all_normal(batch):
+            yes += 1
+            assert [normalise(caption) for caption in batch] == batch
+    assert yes > 200
+    assert _all_normal(CAPTIONS)
 
 
 def test_round_trip_of_any_text_through_bytes(tokenizer):

@@ -19,10 +19,12 @@ from PIL import Image
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.configs.sequence import SequenceConfig
 from megatron_cogview.configs.vocab import VocabConfig
-from megatron_cogview.data import images, tokenize
-from megatron_cogview.data.raw import WebDatasetTars
-from megatron_cogview.data.shards import ShardSet
-from megatron_cogview.data.tokenize import tokenize_dataset
+from megatron_cogview.data import images, token_folder
+from megatron_cogview.data.encode import PairEncoder
+from megatron_cogview.data.shard_set import ShardSet
+from megatron_cogview.data.shards import sample_id
+from megatron_cogview.data.tokenize import Work, tokenize_dataset
+from megatron_cogview.data.webdataset import WebDatasetTars
 from megatron_cogview.tokenization.text import TextTokenizer, normalise, train
 
 SEQUENCE = SequenceConfig(length=26, text_budget=6, codes_per_side=(4,))
@@ -34,6 +36,7 @@ class FakeImageTokenizer:
     """Codes are block means; made from the interface alone."""
 
     fingerprint = "f" * 64
+    encoder_precision = "fp32"
 
     def __init__(self, image_size=16, codes_per_side=4, num_codes=256):
         self.config = SimpleNamespace(
@@ -91,14 +94,21 @@ def pairs(tmp_path):
     return folder
 
 
-def run(pairs, text, output, sequence=SEQUENCE, image=None, **options):
-    source = WebDatasetTars(pairs)
-    image = image or FakeImageTokenizer()
-    return tokenize_dataset(source, text, image, output, sequence, batch_size=2, **options)
+def run(pairs, text, output, sequence=SEQUENCE, image=None, vocab=None, **options):
+    encoder = PairEncoder(text, image or FakeImageTokenizer(), sequence, vocab)
+    work = Work(**{"batch_size": 2, "decode_workers": 0, **options})
+    return tokenize_dataset(WebDatasetTars(pairs), encoder, output, work)
 
 
 def content(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """Everything but the lock file."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != token_folder.LOCKS}
+
+
+def by_id(folder):
+    """Records of a folder by their hashed ids."""
+    shards = ShardSet(folder)
+    return {int(r["sample_id"]): r for r in shards.read(np.arange(len(shards)))}
 
 
 def test_records_hold_captions_and_pictures(pairs, text, tmp_path):
@@ -107,15 +117,17 @@ def test_records_hold_captions_and_pictures(pairs, text, tmp_path):
     assert len(shards) == manifest["records"] == 12
     assert shards.manifest == manifest
     shards.check_tokenizers(text.fingerprint, "f" * 64)
-    for n, record in enumerate(shards.read(np.arange(12))):
+    records = by_id(tmp_path / "out")
+    for n in range(12):
+        record = records[sample_id(f"id{n}")]
         ids = record["text"][: record["text_length"]].tolist()
         assert text.decode(ids) == f"a {COLOURS[n % 3]} square"
         assert not record["text"][record["text_length"] :].any()
         picture = images.decode(png(COLOURS[n % 3]), 16)
         expected = FakeImageTokenizer().encode(torch.from_numpy(picture)[None])[0]
         assert (record["image0"] == expected.numpy()).all()
-        digest = hashlib.sha256(f"id{n}".encode()).digest()
-        assert int(record["sample_id"]) == int.from_bytes(digest[:8], "little")
+    digest = hashlib.sha256(b"id3").digest()
+    assert sample_id("id3") == int.from_bytes(digest[:8], "little")
 
 
 def test_rejections_are_counted_and_logged_in_order(pairs, text, tmp_path):
@@ -123,10 +135,10 @@ def test_rejections_are_counted_and_logged_in_order(pairs, text, tmp_path):
     lines = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
     assert [(item["id"], item["reason"], item["source"]) for item in logged] == [
-        ("b1", "unusable image", "b.tar"),
-        ("b2", "empty caption", "b.tar"),
-        ("b3", "caption over the text budget", "b.tar"),
-        ("b4", "no image", "b.tar"),
+        ("b/b1", "unusable image", "b.tar"),
+        ("b/b2", "empty caption", "b.tar"),
+        ("b/b3", "caption over the text budget", "b.tar"),
+        ("b/b4", "no image", "b.tar"),
     ]
     assert sum(manifest["rejected"].values()) == 4
     assert [e["records"] for e in manifest["shards"]] == [5, 4, 3]
@@ -136,9 +148,9 @@ def test_truncate_policy_keeps_the_pair_and_counts_the_cut(pairs, text, tmp_path
     sequence = SequenceConfig(length=26, text_budget=6, codes_per_side=(4,), text_policy="truncate")
     manifest = run(pairs, text, tmp_path / "out", sequence)
     assert manifest["records"] == 13
-    assert manifest["truncated"] == 1
+    assert manifest["counts"]["truncated"] == 1
     assert manifest["layout"]["longest_text"] == 6
-    record = ShardSet(tmp_path / "out").read(np.array([9]))[0]
+    record = by_id(tmp_path / "out")[sample_id("b/b3")]
     assert record["text"][:6].tolist() == text.encode("a red square " * 9)[:6]
 
 
@@ -147,7 +159,7 @@ def test_two_grids_come_from_one_picture(pairs, text, tmp_path):
         template="super_resolution", length=40, text_budget=6, codes_per_side=(2, 4)
     )
     run(pairs, text, tmp_path / "out", sequence)
-    record = ShardSet(tmp_path / "out").read(np.array([0]))[0]
+    record = by_id(tmp_path / "out")[sample_id("id0")]
     assert record["image0"].shape == (2, 2)
     assert record["image0"][0, 0] == record["image1"][0, 0] == 85
 
@@ -218,8 +230,8 @@ def test_every_interruption_point_in_process(pairs, text, tmp_path, monkeypatch)
             return wrapped
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            for name in ("write_shard", "write_json_with_digest"):
-                patch.setattr(tokenize, name, stop(getattr(tokenize, name)))
+            for name in ("write_shard", "write_json_with_digest", "write_manifest"):
+                patch.setattr(token_folder, name, stop(getattr(token_folder, name)))
             run(pairs, text, output)
         run(pairs, text, output)
         assert content(output) == expected
@@ -259,7 +271,7 @@ def test_appending_tars_keeps_the_old_shards_and_other_changes_are_refused(pairs
     with pytest.raises(DataError, match=r"shard-000000.npy was made from a.tar"):
         run(pairs, text, out)
     (pairs / "d.tar").unlink()
-    with pytest.raises(DataError, match="more than 3 input files"):
+    with pytest.raises(DataError, match="more than 3 parts"):
         run(pairs, text, out)
     other = SequenceConfig(length=26, text_budget=5, codes_per_side=(4,))
     write_pairs(pairs / "d.tar", 2)
@@ -279,16 +291,26 @@ def test_limits_and_refusals(pairs, text, tmp_path):
         run(pairs, text, tmp_path / "x", vocab=small)
     with pytest.raises(ConfigError, match="num_image_codes = 255"):
         run(pairs, text, tmp_path / "x", vocab=VocabConfig(num_image_codes=255))
-    with pytest.raises(ConfigError, match="batch_size"):
-        tokenize_dataset(
-            WebDatasetTars(pairs), text, FakeImageTokenizer(), tmp_path / "x", SEQUENCE, 0
-        )
+    for field, value in (
+        ("batch_size", 0), ("max_rejected", 1.5), ("decode_workers", -1), ("worker", 1)
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=field):
+            Work(**{field: value})
     assert not (tmp_path / "x").exists()
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     write_pairs(nothing / "a.tar", 0, extra=[("1.json", b'{"caption": "c"}')])
     with pytest.raises(DataError, match=r"no pair could be used.*1 no image"):
         run(nothing, text, tmp_path / "y")
+
+
+def test_the_encoders_precision_is_recorded_and_not_mixed(pairs, text, tmp_path):
+    image = FakeImageTokenizer()
+    image.encoder_precision = "bf16"
+    manifest = run(pairs, text, tmp_path / "out", image=image)
+    assert manifest["tokenizers"]["image"]["encoder_precision"] == "bf16"
+    with pytest.raises(DataError, match="bf16"):
+        run(pairs, text, tmp_path / "out")
 
 
 REAL_SETS = ("noto_emoji", "clothing", "grocery", "coco_photos")
@@ -298,7 +320,7 @@ REAL_SETS = ("noto_emoji", "clothing", "grocery", "coco_photos")
 def test_real_pictures_with_cogviews_text_tokenizer(name, shared_data, tmp_path):
     """The first 50 pairs of each set: nothing rejected, captions come back."""
     cogview = TextTokenizer(shared_data / "cogview_sentencepiece" / "cog-pretrain.model")
-    captions = []
+    captions = {}
     (tmp_path / "pairs").mkdir()
     with (
         tarfile.open(shared_data / name / "train-000000.tar") as tar,
@@ -307,20 +329,19 @@ def test_real_pictures_with_cogviews_text_tokenizer(name, shared_data, tmp_path)
         for member in itertools.islice(tar, 100):
             data = tar.extractfile(member).read()
             if member.name.endswith(".json"):
-                captions.append(json.loads(data)["caption"])
+                about = json.loads(data)
+                captions[sample_id(about["id"])] = about["caption"]
             cut.addfile(member, io.BytesIO(data))
-    manifest = tokenize_dataset(
-        WebDatasetTars(tmp_path / "pairs"),
-        cogview,
-        FakeImageTokenizer(64, 8, 512),
-        tmp_path / "out",
-        SequenceConfig(length=200, text_budget=64, codes_per_side=(8,)),
-    )
+    sequence = SequenceConfig(length=200, text_budget=64, codes_per_side=(8,))
+    image = FakeImageTokenizer(64, 8, 512)
+    manifest = run(tmp_path / "pairs", cogview, tmp_path / "out", sequence, image, batch_size=64)
     assert manifest["rejected"] == {}
     assert manifest["records"] == len(captions) >= 44
-    records = ShardSet(tmp_path / "out").read(np.arange(len(captions)))
+    records = by_id(tmp_path / "out")
+    assert records.keys() == captions.keys()
     processor = cogview._processor
-    for record, caption in zip(records, captions, strict=True):
+    for key, record in records.items():
+        caption = captions[key]
         ids = record["text"][: record["text_length"]].tolist()
         assert cogview.decode(ids) == processor.decode(processor.encode(normalise(caption)))
         if 0 not in ids:

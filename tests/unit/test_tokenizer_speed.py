@@ -121,7 +121,7 @@ def test_input_that_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "tokenizer.safetensors"
     save_image_tokenizer(small_model(), SMALL, weights)
     data = write_tars(tmp_path / "tars", number=4)
-    with pytest.raises(DataError, match="3 pictures, 128 are needed"):
+    with pytest.raises(DataError, match="4 pictures, 128 are needed"):
         report(Settings(image_tokenizer=weights, data=(data,)))
 
 

@@ -9,13 +9,12 @@ from megatron_cogview.configs.presets import tiny
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.configs.vocab import VocabConfig
 from megatron_cogview.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST,
     record_dtype,
+    sample_id,
     shard_name,
+    write_manifest,
     write_shard,
 )
-from megatron_cogview.storage.digest import write_json_with_digest
 
 
 def write_random_shards(folder: Path, config: RunConfig, num_records: int, seed: int = 0) -> None:
@@ -30,6 +29,7 @@ def write_random_shards(folder: Path, config: RunConfig, num_records: int, seed:
     records["text_length"] = sequence.text_budget
     text_shape = (num_records, sequence.text_budget)
     records["text"][:, : sequence.text_budget] = rng.integers(0, vocab.num_text_ids, text_shape)
+    records["sample_id"] = [sample_id(str(n)) for n in range(num_records)]
     entry = write_shard(folder / shard_name(0), records)
     layout = {
         "codes_per_side": list(sequence.codes_per_side),
@@ -39,14 +39,7 @@ def write_random_shards(folder: Path, config: RunConfig, num_records: int, seed:
         "text": {"fingerprint": "random", "vocab_size": vocab.num_text_ids},
         "image": {"fingerprint": "random", "num_codes": vocab.num_image_codes},
     }
-    manifest = {
-        "version": FORMAT_VERSION,
-        "records": num_records,
-        "layout": layout,
-        "tokenizers": tokenizers,
-        "shards": [entry],
-    }
-    write_json_with_digest(folder / MANIFEST, manifest)
+    write_manifest(folder, [entry], {"layout": layout, "tokenizers": tokenizers})
 
 
 def with_grid(config: RunConfig, side: int) -> RunConfig:

@@ -103,7 +103,7 @@ def prepare(case: Case, shards: str, gpu_bytes: int | None) -> RunConfig:
             case.config,
             parallel=ParallelConfig(),
             precision=PrecisionConfig(dtype="bf16"),
-            data=replace(case.config.data, shards=shards, validation_fraction=0.0),
+            data=replace(case.config.data, shards=(shards,), validation_fraction=0.0),
             training=replace(
                 case.config.training,
                 micro_batch_size=size,

@@ -1,0 +1,1 @@
+"""The data path against its peers: decoding, tokenising, opening and reading, on one machine."""

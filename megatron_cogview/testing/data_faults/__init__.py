@@ -1,0 +1,1 @@
+"""Campaigns against the data path: kills, damaged files, hostile input."""

@@ -1,0 +1,192 @@
+"""Hostile input by the hundred thousand: mutated tars, tables, captions, pictures and pickled rows.
+
+Each case goes through the code that a tokenisation would run on it: reader, caption encoding,
+decoding; every so manieth through a whole tokenisation.  Cases run in a child process, a batch at a
+time, so that a crash is seen and named.  An audit hook sees every file that is opened for writing,
+every process that is started and every name that a pickle asks for.
+"""
+
+import os
+import sys
+import time
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_cogview.configs.errors import ConfigError, DataError
+from megatron_cogview.data import images, inert_pickle
+from megatron_cogview.data.encode import PairEncoder
+from megatron_cogview.data.raw import PairSource, RawPair
+from megatron_cogview.data.sources import open_source
+from megatron_cogview.data.tokenize import Work, tokenize_dataset
+from megatron_cogview.testing.data_faults.kills import make_encoder
+from megatron_cogview.testing.data_faults.mutations import Mutator
+
+CASES_PER_TRIAL = 500
+WHOLE_EVERY = 50
+"""Every so manieth tar or table is tokenised whole, into shards."""
+HANG_SECONDS = 2.0
+MEMORY_BYTES = 1 << 30
+KINDS = ("tar", "table", "image", "pickle")
+
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_FORBIDDEN = ("os.system", "subprocess.Popen", "pickle.find_class", "socket.connect")
+_WRITES = ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.truncate", "os.rmdir")
+
+
+class FuzzCampaign:
+    """Seeds and tokenizers; a trial is a batch of cases in a child process."""
+
+    def __init__(self, folder: Path, cases_per_trial: int = CASES_PER_TRIAL) -> None:
+        """Make the tokenizers in ``folder``."""
+        self._folder = folder
+        self._encoder = make_encoder(folder)
+        self._cases = cases_per_trial
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """Cases ``number * n ... (number + 1) * n - 1``."""
+        context = get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        with TemporaryDirectory(dir=self._folder) as name:
+            child = context.Process(target=self._run, args=(number, Path(name), sender))
+            child.start()
+            sender.close()
+            last: dict[str, Any] = {}
+            # A case announces itself before it runs: what is known last names the culprit.
+            while True:
+                try:
+                    if not receiver.poll(30):
+                        child.kill()
+                        break
+                    last = receiver.recv()
+                except EOFError:
+                    break
+            child.join()
+        done = last.get("done", False)
+        line = {"trial": number, "kind": "fuzz", "cases": self._cases, **last}
+        line["exit_code"] = child.exitcode
+        line["ok"] = bool(done and not last["findings"])
+        return line
+
+    def _run(self, number: int, folder: Path, sender: Any) -> None:
+        torch.set_num_threads(1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+        before = _memory("VmRSS")
+        findings: list[str] = []
+        slowest = 0.0
+        taken, refused = Counter[str](), Counter[str]()
+        watch = _Watch(folder)
+        for case in range(number * self._cases, (number + 1) * self._cases):
+            kind = KINDS[case % len(KINDS)]
+            sender.send({"case": case, "case_kind": kind, "findings": findings})
+            begin = time.process_time()
+            with watch:
+                try:
+                    self._case(case, kind, folder)
+                    taken[kind] += 1
+                except (DataError, ConfigError):
+                    refused[kind] += 1
+                except Exception as error:  # Anything else is what the campaign looks for.
+                    findings.append(f"case {case} ({kind}): {type(error).__name__}: {error}"[:300])
+            seconds = time.process_time() - begin
+            slowest = max(slowest, seconds)
+            if seconds > HANG_SECONDS:
+                findings.append(f"case {case} ({kind}): {seconds:.1f} s")
+            findings.extend(f"case {case} ({kind}): {event}" for event in watch.take())
+        grown = _memory("VmHWM") - before
+        if grown > MEMORY_BYTES:
+            findings.append(f"memory grew by {grown} bytes")
+        sender.send(
+            {
+                "done": True,
+                "findings": findings,
+                "taken": dict(taken),
+                "refused": dict(refused),
+                "slowest_seconds": round(slowest, 3),
+                "memory_bytes": grown,
+            }
+        )
+        sender.close()
+
+    def _case(self, case: int, kind: str, folder: Path) -> None:
+        rng = np.random.default_rng([case, 11])
+        mutator = Mutator(rng)
+        if kind == "image":
+            images.decode(mutator.picture(), 32)
+        elif kind == "pickle":
+            inert_pickle.loads(mutator.row())
+        else:
+            data = folder / f"{case}"
+            data.mkdir()
+            mutator.write_tar(data) if kind == "tar" else mutator.write_table(data)
+            source = open_source(data)
+            if (case // len(KINDS)) % WHOLE_EVERY == 0:
+                work = Work(decode_workers=0, batch_size=8)
+                tokenize_dataset(source, self._encoder, folder / f"{case}-out", work)
+            else:
+                _read(source, self._encoder)
+
+
+def _read(source: PairSource, encoder: PairEncoder) -> None:
+    source.check()
+    for part in source.parts():
+        for item in source.read(part):
+            if isinstance(item, RawPair):
+                encoder.text.encode(item.caption)
+                try:
+                    images.decode(item.image, 32)
+                except DataError:
+                    continue
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+class _Watch:
+    """What a case does to the world outside its folder."""
+
+    def __init__(self, allowed: Path) -> None:
+        self._allowed = str(allowed.resolve())
+        self._active = False
+        self._seen: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def __enter__(self) -> None:
+        self._active = True
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+
+    def take(self) -> list[str]:
+        """Events since the last call."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._active:
+            return
+        if event in _FORBIDDEN:
+            self._seen.append(f"{event} {arguments!r}"[:200])
+        elif event == "open":
+            path, _, flags = arguments
+            if isinstance(flags, int) and flags & _WRITE_FLAGS and isinstance(path, str | bytes):
+                self._check(event, os.fsdecode(path))
+        elif event in _WRITES:
+            for path in arguments:
+                if isinstance(path, str | bytes) and path:
+                    self._check(event, os.fsdecode(path))
+
+    def _check(self, event: str, path: str) -> None:
+        full = os.path.abspath(path)
+        if full != os.devnull and not full.startswith(self._allowed + os.sep):
+            self._seen.append(f"{event} of {full}")
