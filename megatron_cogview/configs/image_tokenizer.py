@@ -18,7 +18,7 @@ class GumbelConfig:
     anneal_fraction: float = 0.75
     """Share of the training over which the temperature falls, by a constant factor per step."""
     squared: bool = False
-    """Squared distances instead of the printed norm."""
+    """Squared distances instead of the printed norm, as the released code."""
     scale_noise: bool = False
     """Divide the noise by the temperature too, as the released code does."""
 
@@ -69,7 +69,8 @@ class ImageTokenizerConfig:
     codebook: Literal["moving_average", "straight_through", "gumbel", "fixed"] = "moving_average"
     """How the codebook learns: P-TOK-8, P-TOK-6, P-TOK-7, P-TOK-9."""
     ema_decay: float = 0.99
-    """Moving-average codebook: how much of the old average stays at each step (P-TOK-8)."""
+    """Moving-average codebook: share of the old average that stays at each step (P-TOK-8), reached
+    along (1 + step) / (10 + step), which at step 0 is 0.1; 0.99 is in force from step 890 on."""
     codebook_init: Literal["xavier", "data"] = "xavier"
     """``xavier`` as the paper (P-TOK-5); ``data``: encoder outputs of the first batches."""
     revive_dead_codes: bool = False

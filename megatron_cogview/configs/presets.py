@@ -9,7 +9,11 @@ from dataclasses import replace
 
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.generation import GenerationConfig
-from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig, VQGANConfig
+from megatron_cogview.configs.image_tokenizer import (
+    GumbelConfig,
+    ImageTokenizerConfig,
+    VQGANConfig,
+)
 from megatron_cogview.configs.model import AttentionConfig, ModelConfig, NormConfig
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
@@ -192,6 +196,9 @@ def released() -> RunConfig:
             norm=NormConfig(relax_rule="tensor_max_over_8", relax_scope="all"),
             attention=AttentionConfig(relax_alpha=1.0),
             embedding_gradient_scale=1.0,
+        ),
+        image_tokenizer=replace(
+            paper.image_tokenizer, gumbel=GumbelConfig(squared=True, scale_noise=True)
         ),
         training=replace(paper.training, text_weight=5.0),
     )

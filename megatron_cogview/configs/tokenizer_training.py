@@ -13,7 +13,8 @@ class AdversarialConfig:
     weight: float = 0.0
     """Factor on the adaptive weight of the adversarial loss."""
     start_step: int = 0
-    """First step with the adversarial loss; the discriminator learns from here on too."""
+    """First step with the adversarial loss, below ``steps``; the discriminator learns from here on
+    too."""
     channels: int = 64
     """Width of the discriminator's first layer; doubled at each of the next, up to 8 times."""
     layers: int = 3
@@ -72,7 +73,8 @@ class TokenizerTrainingConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     """Discriminator and adversarial loss."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Convolutions: ``auto`` is bf16 on GPUs that have it, else fp32.  Weights stay fp32."""
+    """Networks: ``auto`` is bf16 on GPUs that have it, else fp32.  fp32 is without TF32.  Weights,
+    codebook and moments are fp32 in any case."""
     validation_fraction: float = 0.05
     """Pictures kept out of training, chosen by a hash of their id."""
     random_crop: float = 0.125
@@ -104,6 +106,13 @@ class TokenizerTrainingConfig:
                 "tokenizer_training.codebook_warmup_steps",
                 self.codebook_warmup_steps,
                 f"must be in 0..{self.steps - 1}, below tokenizer_training.steps",
+            )
+        if self.adversarial.weight > 0 and self.adversarial.start_step >= self.steps:
+            raise refuse(
+                "tokenizer_training.adversarial.start_step",
+                self.adversarial.start_step,
+                f"must be below tokenizer_training.steps = {self.steps}, or the adversarial phase "
+                "never begins; without one, set tokenizer_training.adversarial.weight to 0",
             )
         if not 0.0 < self.validation_fraction < 1.0:
             raise refuse(

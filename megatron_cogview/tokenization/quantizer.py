@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_cogview.configs.image_tokenizer import GumbelConfig, ImageTokenizerConfig
 from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.tokenization import draws
 
 LAPLACE_EPSILON = 1e-5
 """Smoothing of the counts (P-TOK-8, released value)."""
@@ -143,7 +144,7 @@ class Quantizer(nn.Module):
         keeps apart codes that were drawn from equal vectors (flat areas of pictures).
         """
         first, total = _place_in_batch(latents_ND, group)
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ key)
+        generator = draws.generator(torch.device("cpu"), self.seed, key)
         if total >= number:
             position_K = torch.randperm(total, generator=generator)[:number]
         else:
@@ -240,8 +241,7 @@ class GumbelQuantizer(Quantizer):
         cells = latents_BDHW.shape[2] * latents_BDHW.shape[3]
         noise = []
         for index in range(first, first + len(latents_BDHW)):
-            key = (self.seed << 44) ^ (step << 20) ^ index
-            generator = torch.Generator(device).manual_seed(key % (1 << 63))
+            generator = draws.generator(device, self.seed, step, index)
             uniform = torch.empty(cells, self.embed.shape[1], device=device)
             # An exponential variable's negative logarithm is Gumbel(0, 1).
             noise.append(uniform.exponential_(generator=generator).clamp_min_(1e-30).log_().neg_())

@@ -7,17 +7,16 @@ first, scaled by a :class:`PixelScaling`.  Knows nothing of files or of training
 Shapes: B pictures, C = 3 channels, S side in pixels, D code width, H x W code grid.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
-from megatron_cogview.kernels.codebook_lookup.reference import (
-    nearest_code,
-    nearest_code_with_margin,
-)
+from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
 from megatron_cogview.tokenization import vqgan, vqvae
+from megatron_cogview.tokenization.exactness import exact
 from megatron_cogview.tokenization.quantizer import (
     Place,
     build_quantizer,
@@ -25,11 +24,11 @@ from megatron_cogview.tokenization.quantizer import (
     pass_by,
 )
 
-# fp32 networks at different batch sizes were seen to differ by up to 3e-6 of the latents' length;
-# a decision that an error of this share could change is taken again on the picture alone.
-_LATENT_ERROR = 1e-5
-# Pictures with as many values fill a CPU's cores one by one, and its caches better than a batch.
-_LARGE_PICTURE = 3 * 256 * 256
+# Pictures of a pass have at most so many activations of one layer, in bytes; a network needs some
+# seven times that.  On a CPU more would not fit the caches.
+_PASS_BYTES, _PASS_BYTES_ON_CPU = 2 << 30, 8 << 20
+# A single picture costs a whole pass, too.
+_MOST_PICTURES, _MOST_PICTURES_ON_CPU = 64, 8
 
 
 class VQModelOutput(NamedTuple):
@@ -54,6 +53,7 @@ class VQModel(nn.Module):
         """Weights from torch's current generator; ``seed`` keys the codebook's own draws."""
         super().__init__()
         network = vqgan if config.kind == "vqgan" else vqvae
+        self._activation_bytes = _largest_activation(config)
         self.enc_b: nn.Module = network.build_encoder(config)
         self.quantize_t = build_quantizer(config, seed=seed)
         self.dec: nn.Module = network.build_decoder(config)
@@ -102,81 +102,98 @@ class VQModel(nn.Module):
             quantized.codebook_loss,
         )
 
-    @torch.no_grad()
-    def encode_bf16(self, pictures_BCSS: Tensor) -> Tensor:
-        """Codes ``[B, H, W]`` by a bf16 encoder: fast, but near-ties fall differently from fp32
-        and from one batch size to another.
+    @property
+    def pictures_per_pass(self) -> int:
+        """Pictures that :meth:`encode` and :meth:`decode` send through the networks at a time.
 
-        The first convolution, whose pixels bf16 would round, and the last, whose outputs are the
-        latents, stay fp32; they are a few hundredths of the arithmetic.
+        A power of two that follows from the configuration and the device, not from the batch.
         """
-        blocks = self.enc_b.blocks if isinstance(self.enc_b, vqvae.Encoder) else self.enc_b
-        assert isinstance(blocks, nn.Sequential)
-        device = pictures_BCSS.device.type
-        with torch.autocast(device, enabled=False):
-            hidden = blocks[0](pictures_BCSS.contiguous(memory_format=torch.channels_last))
-        with torch.autocast(device, torch.bfloat16):
-            hidden = blocks[1:-1](hidden)
-        with torch.autocast(device, enabled=False):
-            latents_BDHW = blocks[-1](hidden.float())
-        codes_N = nearest_code(flatten_latents(latents_BDHW), self.quantize_t.embed.t())
-        batch, _, height, width = latents_BDHW.shape
-        return codes_N.view(batch, height, width)
+        room, most = _PASS_BYTES, _MOST_PICTURES
+        if self.quantize_t.embed.device.type == "cpu":
+            threads = torch.get_num_threads()
+            # Group normalisation deals out all positions of a pass evenly to the threads.  With 3
+            # of them a picture and its neighbour would be cut, and so rounded, differently.
+            most = _MOST_PICTURES_ON_CPU if threads & (threads - 1) == 0 else 1
+            room = _PASS_BYTES_ON_CPU
+        number = max(1, min(most, room // self._activation_bytes))
+        return 1 << (number.bit_length() - 1)
 
     @torch.no_grad()
     def encode(self, pictures_BCSS: Tensor) -> Tensor:
         """Codes ``[B, H, W]``, int64; a picture's codes do not depend on its batch.
 
-        Convolutions round differently in different batches.  Pictures in which that could change
-        the nearest code of any vector are encoded again, alone, so that every batch agrees.  Large
-        pictures on a CPU are encoded alone from the start, which is faster there anyway.
+        Networks round differently in batches of different sizes, so that every pass has one size.
         """
-        codebook_KD = self.quantize_t.embed.t().contiguous()
-        large = pictures_BCSS[:1].numel() >= _LARGE_PICTURE
-        if len(pictures_BCSS) > 1 and large and pictures_BCSS.device.type == "cpu":
-            return torch.cat([self._encode_alone(p[None], codebook_KD) for p in pictures_BCSS])
-        # One layout and fresh memory: what the caller's tensor is a view of must not matter.
-        pictures = pictures_BCSS.clone(memory_format=torch.channels_last)
-        latents_BDHW = self._latents(pictures)
-        batch, _, height, width = latents_BDHW.shape
-        vectors_ND = flatten_latents(latents_BDHW)
-        found = nearest_code_with_margin(vectors_ND, codebook_KD)
-        codes_BHW = found.indices_N.view(batch, height, width)
-        if batch == 1:
-            return codes_BHW
-        longest_B1 = vectors_ND.norm(dim=1).view(batch, -1).amax(1, keepdim=True)
-        # Moving a vector by e changes the margin by at most 2 |e| times the codes' distance, which
-        # is at most the sum of their distances to the vector; twice that for the two batches.
-        reach_BN = (found.distance_N.sqrt() + (found.distance_N + found.margin_N).sqrt()).view(
-            batch, -1
-        )
-        doubt_BN = found.margin_N.view(batch, -1) <= 4 * _LATENT_ERROR * longest_B1 * reach_BN
-        for index in torch.nonzero(doubt_BN.any(1)).flatten().tolist():
-            alone = self._encode_alone(pictures[index : index + 1], codebook_KD)
-            codes_BHW[index] = alone[0]
-        return codes_BHW
+        parts = [
+            self._nearest(self._latents(padded)[:number])
+            for padded, number in self._passes(pictures_BCSS)
+        ]
+        return torch.cat(parts)
 
-    def _encode_alone(self, picture_1CSS: Tensor, codebook_KD: Tensor) -> Tensor:
-        latents_1DHW = self._latents(picture_1CSS.clone(memory_format=torch.channels_last))
-        codes_N = nearest_code(flatten_latents(latents_1DHW), codebook_KD)
-        return codes_N.view(1, *latents_1DHW.shape[2:])
+    @torch.no_grad()
+    def encode_bf16(self, pictures_BCSS: Tensor) -> Tensor:
+        """Codes ``[B, H, W]`` by a bf16 encoder: fast, but near-ties fall differently from fp32.
+
+        The first convolution, whose pixels bf16 would round, and the last, whose outputs are the
+        latents, stay fp32; they are a few hundredths of the arithmetic.
+        """
+        parts = [
+            self._nearest(self._latents_bf16(padded)[:number])
+            for padded, number in self._passes(pictures_BCSS)
+        ]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def decode(self, codes_BHW: Tensor) -> Tensor:
         """Scaled pictures ``[B, 3, S, S]`` of int64 codes, not clamped."""
-        latents = self.quantize_t.lookup(codes_BHW)
-        pictures: Tensor = self.dec(latents.contiguous(memory_format=torch.channels_last))
-        return pictures
+        parts = []
+        for padded, number in self._passes(codes_BHW):
+            latents = self.quantize_t.lookup(padded).contiguous(memory_format=torch.channels_last)
+            parts.append(self.dec(latents)[:number])
+        return torch.cat(parts)
+
+    def _passes(self, batch: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Parts of one size, the last filled up with zeros, and how many of each count."""
+        size = self.pictures_per_pass
+        for part in torch.split(batch, size):
+            padded = part.new_zeros((size, *part.shape[1:]))
+            padded[: len(part)] = part
+            yield padded, len(part)
+
+    def _nearest(self, latents_BDHW: Tensor) -> Tensor:
+        batch, _, height, width = latents_BDHW.shape
+        codes_N = nearest_code(flatten_latents(latents_BDHW), self.quantize_t.embed.t())
+        return codes_N.view(batch, height, width)
 
     def _latents(self, pictures_BCSS: Tensor) -> Tensor:
         """Encoder outputs in full fp32, whatever the caller's autocast says."""
-        device = pictures_BCSS.device.type
-        exact = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        )
-        with torch.autocast(device, enabled=False), exact:
-            latents: Tensor = self.enc_b(pictures_BCSS.float())
+        pictures = pictures_BCSS.float().contiguous(memory_format=torch.channels_last)
+        with exact(pictures.device), torch.autocast(pictures.device.type, enabled=False):
+            latents: Tensor = self.enc_b(pictures)
         return latents
+
+    def _latents_bf16(self, pictures_BCSS: Tensor) -> Tensor:
+        blocks = self.enc_b.blocks if isinstance(self.enc_b, vqvae.Encoder) else self.enc_b
+        assert isinstance(blocks, nn.Sequential)
+        pictures = pictures_BCSS.float().contiguous(memory_format=torch.channels_last)
+        device = pictures.device
+        with exact(device), torch.autocast(device.type, enabled=False):
+            hidden = blocks[0](pictures)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = blocks[1:-1](hidden)
+            latents: Tensor = blocks[-1](hidden.float())
+        return latents
+
+
+def _largest_activation(config: ImageTokenizerConfig) -> int:
+    """fp32 bytes of the widest layer's output, of one picture."""
+    multipliers = config.vqgan.multipliers if config.kind == "vqgan" else (1, 1)
+    # On the way up a resolution begins with the coarser one's width.
+    per_level = [
+        max(multipliers[level : level + 2]) * (config.image_size >> level) ** 2
+        for level in range(len(multipliers))
+    ]
+    return 4 * config.hidden_size * max(per_level)
 
 
 def use_channels_last(model: nn.Module) -> None:

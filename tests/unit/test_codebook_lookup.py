@@ -5,10 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cogview.kernels.codebook_lookup.reference import (
-    nearest_code,
-    nearest_code_with_margin,
-)
+from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
 
 
 def brute_force(vectors_ND: Tensor, codebook_KD: Tensor) -> Tensor:
@@ -53,16 +50,6 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_chunk() -> None:
     alone = torch.cat([nearest_code(v[None], codebook) for v in vectors])
     assert torch.equal(together, alone)
     assert torch.equal(together, nearest_code(vectors.flip(0), codebook, chunk=17).flip(0))
-
-
-def test_distance_and_margin() -> None:
-    vectors, codebook = normal(50, 8), normal(3000, 8, seed=1)
-    found = nearest_code_with_margin(vectors, codebook)
-    distances = torch.cdist(vectors.double(), codebook.double()).square().sort(1).values
-    torch.testing.assert_close(found.distance_N.double(), distances[:, 0], rtol=1e-4, atol=1e-5)
-    expected = distances[:, 1] - distances[:, 0]
-    torch.testing.assert_close(found.margin_N.double(), expected, rtol=1e-3, atol=1e-5)
-    assert nearest_code_with_margin(vectors, codebook[:1]).margin_N.isinf().all()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -102,6 +102,24 @@ def test_data_start_takes_encoder_outputs_and_keeps_equal_ones_apart() -> None:
     assert len(torch.unique(q.embed.t(), dim=0)) == CODES
 
 
+def test_draws_follow_from_all_of_seed_and_step() -> None:
+    """On a CPU torch's generators take 32 bits of a seed; 2**40 used to overflow 64."""
+    latents = normal(3 * CODES, WIDTH)
+    starts, noises = [], []
+    for seed in (3, 4, (1 << 32) + 3, 1 << 40, 1 << 63):
+        torch.manual_seed(5)
+        q = MovingAverageQuantizer(WIDTH, CODES, seed=seed)
+        q.initialise_from(latents)
+        starts.append(q.embed.clone())
+        torch.manual_seed(5)
+        drawn = GumbelQuantizer(WIDTH, CODES, GumbelConfig(), seed=seed)
+        for step in (0, 1 << 12, 1 << 32):
+            noises.append(drawn._gumbel(latents.t()[None, :, :, None], step, 0))
+    for values in (starts, noises):
+        for index, value in enumerate(values):
+            assert not any(torch.equal(value, other) for other in values[:index])
+
+
 def test_dead_codes_come_back_among_the_latents() -> None:
     latents = normal(ROWS, WIDTH) + 10.0
     used = []

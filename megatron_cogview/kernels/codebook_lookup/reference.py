@@ -7,7 +7,6 @@ Shapes: N vectors, K codes, D width, P candidate pairs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +16,7 @@ _DOUBTFUL_ROWS_PER_BLOCK = 256
 _PAIRS_PER_BLOCK = 2048
 
 
-class NearestCode(NamedTuple):
-    """Result of :func:`nearest_code_with_margin`; all of length N."""
-
-    indices_N: Tensor
-    """int64, the nearest code; the lowest index among equals."""
-    distance_N: Tensor
-    """fp32, squared distance to it, never negative."""
-    margin_N: Tensor
-    """fp32, how much larger the squared distance to the second code is; inf if K = 1."""
-
-
+@torch.no_grad()
 def nearest_code(vectors_ND: Tensor, codebook_KD: Tensor, chunk: int = 1024) -> Tensor:
     """Index of the nearest code (squared Euclidean distance) of each vector, int64 ``[N]``.
 
@@ -39,14 +28,6 @@ def nearest_code(vectors_ND: Tensor, codebook_KD: Tensor, chunk: int = 1024) -> 
     Raises:
         ValueError: shapes that do not fit, no codes, or values that are not finite in fp32.
     """
-    return nearest_code_with_margin(vectors_ND, codebook_KD, chunk).indices_N
-
-
-@torch.no_grad()
-def nearest_code_with_margin(
-    vectors_ND: Tensor, codebook_KD: Tensor, chunk: int = 1024
-) -> NearestCode:
-    """:func:`nearest_code` together with its distance and its lead over the second code."""
     _check(vectors_ND, codebook_KD, chunk)
     vectors_ND, codebook_KD = vectors_ND.float().contiguous(), codebook_KD.float().contiguous()
     with _full_precision(vectors_ND.device):
@@ -54,14 +35,12 @@ def nearest_code_with_margin(
         best_N, indices_N, second_N = _search(vectors_ND, codebook_KD, norms_K, chunk)
         if not bool(torch.isfinite(best_N).all()):
             raise ValueError("nearest_code: vectors or codebook hold values that are not finite")
-        squares_N = vectors_ND.square().sum(1)
-        bound_N = _score_error(squares_N, norms_K.max(), codebook_KD.shape[1])
+        bound_N = _score_error(vectors_ND.square().sum(1), norms_K.max(), codebook_KD.shape[1])
         doubtful_R = torch.nonzero(second_N - best_N <= 2 * bound_N).squeeze(1)
         for rows_R in torch.split(doubtful_R, _DOUBTFUL_ROWS_PER_BLOCK):
             limit_R = best_N[rows_R] + 2 * bound_N[rows_R]
             indices_N[rows_R] = _decide_in_fp64(vectors_ND[rows_R], codebook_KD, norms_K, limit_R)
-    distance_N = (best_N + squares_N).clamp_(min=0.0)
-    return NearestCode(indices_N, distance_N, second_N - best_N)
+    return indices_N
 
 
 def _check(vectors_ND: Tensor, codebook_KD: Tensor, chunk: int) -> None:
