@@ -5,7 +5,6 @@ nothing of global ids or sequences.
 """
 
 import io
-import itertools
 import logging
 import re
 import unicodedata
@@ -37,14 +36,9 @@ def normalise(caption: str) -> str:
 def _all_normal(captions: Sequence[str]) -> bool:
     """Whether :func:`normalise` would surely change none of them; most captions are so already,
     and one look at all costs a tenth of normalising each."""
-    text = "|" + "|".join(captions) + "|"
-    return (
-        text.isprintable()
-        and "  " not in text
-        and "| " not in text
-        and " |" not in text
-        and unicodedata.is_normalized("NFC", text)
-    )
+    # Between spaces, a space at either end of a caption makes two.
+    text = f" {' '.join(captions)} "
+    return "  " not in text and text.isprintable() and unicodedata.is_normalized("NFC", text)
 
 
 class TextTokenizer:
@@ -54,7 +48,8 @@ class TextTokenizer:
         """Load a ``.model`` file.
 
         Raises:
-            DataError: the file is missing or not a SentencePiece model.
+            DataError: the file is missing, not a SentencePiece model, or one that turns text into
+                control ids.
         """
         self.path = Path(path)
         try:
@@ -74,9 +69,7 @@ class TextTokenizer:
         """Number of pieces; ids are ``0..vocab_size - 1``."""
         self.unknown_id: int = self._processor.unk_id()
         """Id of what has no piece, or -1."""
-        self._forbidden = frozenset(
-            i for i in range(self.vocab_size) if self._processor.is_control(i)
-        )
+        self._refuse_leaks()
 
     def encode(self, caption: str) -> list[int]:
         """Local ids of a caption, without control ids; an empty caption gives none.
@@ -96,12 +89,20 @@ class TextTokenizer:
             except UnicodeEncodeError:
                 raise DataError("a caption is not valid Unicode (half a surrogate pair)") from None
         batch: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
-        # The model may be the user's own; the promise is ours.
-        if not self._forbidden.isdisjoint(itertools.chain.from_iterable(batch)):
-            raise DataError(
-                f"text tokenizer {self.path}: turns plain text into control ids; use another"
-            )
         return batch
+
+    def _refuse_leaks(self) -> None:
+        """The model may be the user's own; that text never becomes a control id is our promise.
+
+        A piece is given only for text that spells it, so spelling each control piece is enough.
+        """
+        control = {i for i in range(self.vocab_size) if self._processor.is_control(i)}
+        pieces = [self._processor.id_to_piece(i) for i in sorted(control)]
+        for ids in self._processor.encode([*pieces, *(f"a {p}{p}b" for p in pieces)], out_type=int):
+            if not control.isdisjoint(ids):
+                raise DataError(
+                    f"text tokenizer {self.path}: turns plain text into control ids; use another"
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of local ids; the inverse of :meth:`encode` up to the model's normalisation.

@@ -78,8 +78,9 @@ def test_reading_compares_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_workers(tmp_path: Path) -> None:
     source = WebDatasetTars(write_tars(tmp_path / "pairs"))
-    result = workers.scaling(source, make_encoder(tmp_path), repeats=1, batch_size=8)
-    assert result["parts"] == 6
+    pairs = [item for part in source.parts() for item in source.read(part)]
+    result = workers.scaling(pairs, make_encoder(tmp_path), repeats=1, batch_size=8)
+    assert result["pairs"] == len(pairs) == 144
     assert result["ratio"] == pytest.approx(
         result["one_worker_seconds"] / result["two_workers_seconds"]
     )

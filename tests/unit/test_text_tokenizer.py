@@ -95,14 +95,17 @@ def test_hostile_captions_never_become_control_ids(tokenizer):
 
 
 def test_a_model_that_leaks_control_ids_is_refused(tokenizer, monkeypatch):
-    class Leaking:
-        def encode(self, texts, **_):
-            return [[2] for _ in texts]
+    class Leaking(spm.SentencePieceProcessor):
+        """Reads ``</s>`` inside a text as the control id it names."""
 
-    leaking = TextTokenizer(tokenizer.path)
-    monkeypatch.setattr(leaking, "_processor", Leaking())
+        def encode(self, texts, **options):
+            ids = super().encode(texts, **options)
+            return [[*each, 2] if "x</s>" in f"x{text}" else each
+                    for text, each in zip(texts, ids, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(spm, "SentencePieceProcessor", Leaking)
     with pytest.raises(DataError, match="control ids"):
-        leaking.encode("</s>")
+        TextTokenizer(tokenizer.path)
 
 
 def test_errors_name_file_and_numbers(tokenizer, tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cogview.analysis.data_speed.preparing import alternately
+from megatron_cogview.analysis.data_speed.preparing import alternately, drain
 from megatron_cogview.data.shard_set import ShardSet
 from megatron_cogview.data.shards import (
     Records,
@@ -47,9 +47,9 @@ def comparison(
         indexed = _indexed(str(folder / "tokens"))
         _write_web(folder / "tokens.tar", everything[:web_records])
         ways: dict[str, Callable[[], object]] = {
-            "ours": lambda: [unchecked.read(batch) for batch in batches],
-            "ours_with_crc": lambda: [checked.read(batch) for batch in batches],
-            "megatron_core": lambda: [_stacked(indexed, batch) for batch in batches.tolist()],
+            "ours": lambda: drain(map(unchecked.read, batches)),
+            "ours_with_crc": lambda: drain(map(checked.read, batches)),
+            "megatron_core": lambda: drain(_stacked(indexed, b) for b in batches.tolist()),
         }
         seconds = alternately(ways, repeats)
         web = min(_web_seconds(folder / "tokens.tar", web_records) for _ in range(repeats))
