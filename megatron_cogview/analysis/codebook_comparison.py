@@ -5,20 +5,32 @@ and puts their held-out L2 curves into one plot and one table.  Each method is a
 run in its own folder, so an interrupted comparison goes on where it stopped.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
+from megatron_cogview.configs.errors import DataError
 from megatron_cogview.configs.image_tokenizer import GumbelConfig
 from megatron_cogview.configs.presets import preset
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data import images
+from megatron_cogview.data.raw import RawPair
+from megatron_cogview.data.sources import open_pictures
 from megatron_cogview.storage.atomic import replacing, write_text
+from megatron_cogview.tokenization import fidelity
+from megatron_cogview.tokenization.image import VQTokenizer, load_image_tokenizer
 from megatron_cogview.training.metrics import read_metrics
-from megatron_cogview.training.tokenizer_trainer import train_tokenizer
+from megatron_cogview.training.picture_stream import LARGEST_VALIDATION, split
+from megatron_cogview.training.tokenizer_trainer import FINAL_FILE, train_tokenizer
 from megatron_cogview.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -70,13 +82,71 @@ def compare(shared: RunConfig, methods: tuple[str, ...], output: Path, world: Wo
     for name in methods:
         train_tokenizer(_run(shared, name, output), world)
     if world.rank == 0:
-        results = {name: _result(output / name) for name in methods}
+        pictures_VSSC = held_out(shared)
+        results = {}
+        for name in methods:
+            tokenizer = load_image_tokenizer(output / name / FINAL_FILE)
+            losses = quantisation(tokenizer, pictures_VSSC)
+            results[name] = {**_result(output / name), **losses}
         write_text(output / "comparison.json", json.dumps(results, indent=1) + "\n")
         write_text(output / "comparison.md", table(results))
         figure = draw(results)
         with replacing(output / "figure2.png") as file:
             figure.savefig(file, format="png", dpi=120)
         logger.info("%s", table(results))
+
+
+def held_out(shared: RunConfig) -> NDArray[np.uint8]:
+    """Pictures that the runs did not train on, ``[V, S, S, 3]``.
+
+    Raises:
+        DataError: none can be decoded.
+    """
+    training = shared.tokenizer_training
+    broken: set[str] = set()
+    while True:
+        ids = [pair.id for pair in _pairs(training.data) if pair.id not in broken]
+        _, rows = split(ids, training.validation_fraction)
+        wanted = {ids[row] for row in rows[:LARGEST_VALIDATION].tolist()}
+        found: list[NDArray[np.uint8]] = []
+        for pair in _pairs(training.data):
+            if pair.id in wanted:
+                # What cannot be decoded was in none of the runs, either.
+                with contextlib.suppress(DataError):
+                    found.append(images.decode(pair.image, shared.image_tokenizer.image_size))
+        if found:
+            return np.stack(found)
+        broken |= wanted
+
+
+def _pairs(folders: tuple[str, ...]) -> Iterator[RawPair]:
+    for source in (open_pictures(Path(folder)) for folder in folders):
+        for part in source.parts():
+            yield from (item for item in source.read(part) if isinstance(item, RawPair))
+
+
+@torch.no_grad()
+def quantisation(
+    tokenizer: VQTokenizer, pictures_VSSC: NDArray[np.uint8], batch_size: int = 32
+) -> dict[str, float]:
+    """What the codebook loses of held-out pictures, apart from what the networks lose.
+
+    Returns:
+        ``missed``: squared distance between encoder outputs and their codes, as a share of the
+        outputs' squared length; ``l2_without_codes``: the L2 error if the decoder is given the
+        outputs themselves.
+    """
+    missed = length = error = 0.0
+    model, device = tokenizer.model, tokenizer.model.quantize_t.embed.device
+    for part in np.array_split(pictures_VSSC, -(-len(pictures_VSSC) // batch_size)):
+        scaled_BCSS = tokenizer.pixels.to_float(torch.from_numpy(part).to(device))
+        latents_BDHW = model.enc_b(scaled_BCSS)
+        codes_BHW = tokenizer.encode(torch.from_numpy(part)).to(device)
+        missed += float((latents_BDHW - model.quantize_t.lookup(codes_BHW)).square().sum())
+        length += float(latents_BDHW.square().sum())
+        copies_BSSC = tokenizer.pixels.to_uint8(model.dec(latents_BDHW)).cpu().numpy()
+        error += float(fidelity.l2(part, copies_BSSC).sum())
+    return {"missed": missed / length, "l2_without_codes": error / len(pictures_VSSC)}
 
 
 def _run(shared: RunConfig, name: str, output: Path) -> RunConfig:
@@ -98,14 +168,16 @@ def _result(folder: Path) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown; ``against (c)`` is the quotient of the L2 errors."""
     lines = [
-        "| codebook | L2 | against (c) | PSNR, dB | SSIM | codes used | perplexity | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| codebook | L2 | against (c) | L2 without codes | missed | PSNR, dB | SSIM | codes used | "
+        "perplexity | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     reference = results.get("moving_average", {}).get("l2")
     for name, result in results.items():
         quotient = f"{result['l2'] / reference:.3f}" if reference else ""
         lines.append(
-            f"| {METHODS[name]} | {result['l2']:.5f} | {quotient} | {result['psnr']:.2f} | "
+            f"| {METHODS[name]} | {result['l2']:.5f} | {quotient} | "
+            f"{result['l2_without_codes']:.5f} | {result['missed']:.3f} | {result['psnr']:.2f} | "
             f"{result['ssim']:.3f} | {result['codes_used']} | {result['perplexity']:.0f} | "
             f"{result['seconds']:.0f} |"
         )

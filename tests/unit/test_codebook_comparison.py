@@ -14,6 +14,8 @@ from megatron_cogview.analysis import codebook_comparison
 from megatron_cogview.analysis.codebook_comparison import METHODS, compare, setting, table
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.testing.picture_tars import write_tars
+from megatron_cogview.tokenization.image import VQTokenizer
+from megatron_cogview.tokenization.vq_model import VQModel
 from megatron_cogview.training.tokenizer_trainer import train_tokenizer
 from megatron_cogview.training.world import World
 
@@ -51,6 +53,8 @@ def test_all_methods_from_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, result in results.items():
         assert [step for step, _ in result["curve"]] == [3, 6]
         assert result["curve"][-1][1] == pytest.approx(result["l2"])
+        assert 0 < result["missed"] < 10
+        assert result["l2_without_codes"] > 0
         used = json.loads((output / name / "config.json").read_text())["image_tokenizer"]
         assert used["codebook"] == name.removesuffix("_revival")
         assert used["revive_dead_codes"] == name.endswith("_revival")
@@ -79,6 +83,25 @@ def test_all_methods_from_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert begun == list(METHODS)[:4]
     again = json.loads((output / "comparison.json").read_text())
     assert again["fixed"]["curve"] == results["fixed"]["curve"]
+
+
+def test_what_the_codebook_loses_is_counted(tmp_path: Path) -> None:
+    """A codebook that holds the outputs themselves misses nothing; one of zeros, everything."""
+    config = dataclasses.replace(
+        setting("small").image_tokenizer, image_size=8, hidden_size=4, code_dim=4, num_codes=8
+    )
+    pictures = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8).numpy()
+    tokenizer = VQTokenizer(VQModel(config), config, "f" * 64)
+    latents = tokenizer.model.enc_b(tokenizer.pixels.to_float(torch.from_numpy(pictures)))
+    embed = tokenizer.model.quantize_t.embed
+    with torch.no_grad():
+        embed.copy_(latents.permute(1, 0, 2, 3).flatten(1)[:, :8])
+        perfect = codebook_comparison.quantisation(tokenizer, pictures)
+        embed.zero_()
+        nothing = codebook_comparison.quantisation(tokenizer, pictures)
+    assert perfect["missed"] < 1e-6
+    assert nothing["missed"] == pytest.approx(1.0)
+    assert perfect["l2_without_codes"] == nothing["l2_without_codes"]
 
 
 def test_the_full_setting_is_the_papers() -> None:
