@@ -168,8 +168,8 @@ def _result(folder: Path) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown; ``against (c)`` is the quotient of the L2 errors."""
     lines = [
-        "| codebook | L2 | against (c) | L2 without codes | missed | PSNR, dB | SSIM | codes used | "
-        "perplexity | seconds |",
+        "| codebook | L2 | against (c) | L2 without codes | missed | PSNR, dB | SSIM "
+        "| codes used | perplexity | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     reference = results.get("moving_average", {}).get("l2")

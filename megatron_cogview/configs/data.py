@@ -15,8 +15,8 @@ class DataConfig:
     shards: tuple[str, ...] = ()
     """Folders with ``manifest.json``, as written by ``tools/tokenize_dataset.py``."""
     weights: tuple[float, ...] = ()
-    """Share of the samples drawn from each folder, in any unit; by default its number of training
-    records, so that every record is seen equally often."""
+    """Share of the samples drawn from each folder, in any unit; without, all folders are one, and
+    every record is seen equally often."""
     validation_fraction: float = 0.01
     """Records kept out of training for the validation loss, chosen by a hash of their ids: a
     multiple of 0.0001 below 0.01, of 0.001 above."""

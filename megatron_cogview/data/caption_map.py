@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data.fields import given_id, parse_object
-from megatron_cogview.data.raw import MAX_CAPTION_BYTES, printable
+from megatron_cogview.data.raw import MAX_CAPTION_BYTES, printable, reading
 from megatron_cogview.data.shards import sample_id
 
 logger = logging.getLogger(__name__)
@@ -48,13 +48,11 @@ class CaptionMap:
         """Id of the first line, for messages."""
         self.fingerprint = ""
         """SHA-256 of the file."""
-        try:
+        with reading(self.path):
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        weakref.finalize(self, os.close, self._descriptor)
-        self._hashes_N, self._offsets_N = self._index()
-        self._refuse_repeated_ids()
+            weakref.finalize(self, os.close, self._descriptor)
+            self._hashes_N, self._offsets_N = self._index()
+            self._refuse_repeated_ids()
 
     def __len__(self) -> int:
         """Entries."""
@@ -64,7 +62,7 @@ class CaptionMap:
         """The caption for an id and True; if the map has none, the given one and False.
 
         Raises:
-            DataError: the file has been changed or cut since it was indexed.
+            DataError: the file cannot be read, or has been changed or cut since it was indexed.
         """
         wanted = np.uint64(sample_id(name))
         place = int(np.searchsorted(self._hashes_N, wanted))
@@ -130,7 +128,8 @@ class CaptionMap:
     def _entry(self, offset: int) -> tuple[str, str]:
         line, size = b"", _READ_BYTES
         while b"\n" not in line and len(line) <= MAX_CAPTION_BYTES:
-            more = os.pread(self._descriptor, size, offset + len(line))
+            with reading(self.path):
+                more = os.pread(self._descriptor, size, offset + len(line))
             if not more:
                 break
             line += more

@@ -68,7 +68,7 @@ class Prepared:
     tray: Tray
     items: list[_Pending | Rejected]
     num_bytes: int
-    """Encoded pictures of the batch."""
+    """Its share of the part, for progress: the encoded pictures, unless the source knows better."""
 
 
 def batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.data.encode import Encoded, PairEncoder, within_budget
-from megatron_cogview.data.pipeline import EncodedPart
+from megatron_cogview.data.pipeline import EncodedPart, check_unchanged, identity
 from megatron_cogview.data.raw import Rejected
 from megatron_cogview.data.released import CompactBinary, LmdbRows, TokenBatch
 from megatron_cogview.data.shards import Records, sample_id
@@ -45,9 +45,12 @@ def import_tokens(
         with ThreadPoolExecutor(1, "hash inputs") as hashing:
             for index, part in chosen:
                 assert isinstance(part, RowPart)
+                before = identity(part)
                 digest = hashing.submit(source.digest, part)
                 encoded = _encode(source, part, encoder, advance)
-                yield EncodedPart(index, part, digest.result(), encoded)
+                hashed = digest.result()
+                check_unchanged(part, before)
+                yield EncodedPart(index, part, hashed, encoded)
 
     return write_parts(source, encoder, output, work, encode)
 
@@ -59,11 +62,11 @@ def _encode(
     if isinstance(source, CompactBinary):
         for batch in source.read_batches(part):
             _add_batch(batch, part, encoder, encoded)
-            advance(len(batch.usable) * (part.num_bytes // part.num_rows))
+            advance(len(batch.usable) * (part.num_bytes // part.num_pairs))
         return encoded
     for rows in _in_steps(source.read(part)):
         _add_rows(rows, encoder, encoded)
-        advance(len(rows) * (part.num_bytes // part.num_rows))
+        advance(len(rows) * (part.num_bytes // part.num_pairs))
     return encoded
 
 

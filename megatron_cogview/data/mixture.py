@@ -46,14 +46,18 @@ class Mixture:
         self._seed = seed
         nothing = np.zeros(0, dtype=np.int64)
         self._latest: tuple[int, Numbers, Numbers] = (-1, nothing, nothing)
-        if len(self.quotas) > 1:
-            shares = ", ".join(f"{q / BLOCK:.4%}" for q in self.quotas)
-            logger.info("mixture of %d data sets: %s of the samples", len(self.quotas), shares)
+        shares = self.quotas / BLOCK
+        logger.info("mixture: %s of the samples", ", ".join(f"{s:.3%}" for s in shares))
+        wanted = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
+        for number in np.flatnonzero(np.abs(shares - wanted) > 0.05 * wanted).tolist():
+            logger.warning(
+                "data.weights: set %d gets %.4f %% of the samples instead of %.4f %%; shares are "
+                "multiples of 1/%d",
+                number, 100 * shares[number], 100 * wanted[number], BLOCK,
+            )  # fmt: skip
 
     def deal(self, samples: Numbers) -> tuple[Numbers, Numbers]:
         """Set of each sample, and how many samples of that set come before it."""
-        if len(self.quotas) == 1:
-            return np.zeros_like(samples), samples
         chosen, within = np.empty_like(samples), np.empty_like(samples)
         block, place = np.divmod(samples, BLOCK)
         for number in np.unique(block).tolist():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data.captions import Recaptioned
 from megatron_cogview.data.decode_pool import Decoder
 from megatron_cogview.data.encode import Encoded, PairEncoder, Prepared, batches
@@ -20,6 +21,36 @@ READ_AHEAD = 2
 """Batches that are read and being decoded while another is encoded."""
 NUM_TRAYS = READ_AHEAD + 2
 """One more is with the reader, and one with the encoder."""
+
+
+Identity = tuple[int, int, int]
+"""Of a file as it was: size, time of change, inode."""
+
+
+def identity(part: Part) -> Identity:
+    """What :func:`check_unchanged` compares; taken before a part is read.
+
+    Raises:
+        DataError: its file is gone.
+    """
+    try:
+        status = part.path.stat()
+    except OSError as error:
+        raise DataError(f"{part.path}: cannot be read ({error.strerror})") from None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def check_unchanged(part: Part, before: Identity) -> None:
+    """The hash of an input speaks of the bytes that were read only if nobody wrote meanwhile.
+
+    Raises:
+        DataError: its file is no longer what it was.
+    """
+    if identity(part) != before:
+        raise DataError(
+            f"{part.path}: changed while it was read; let it be written to its end, then run the "
+            "same command again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +73,7 @@ class _End:
 
     index: int
     part: Part
+    before: Identity
     digest: "Future[str]"
     captions: dict[str, int]
 
@@ -65,7 +97,7 @@ def encode_parts(
         encoder: both tokenizers.
         decoder: for pictures; with ``NUM_TRAYS`` trays.
         batch_size: pairs of one batch.
-        advance: hears of the bytes of pictures that are done.
+        advance: hears of the bytes of parts that are done.
     """
     reader = _Reader(parts, source, encoder, decoder, batch_size)
     try:
@@ -73,6 +105,7 @@ def encode_parts(
         while (event := reader.next()) is not None:
             if isinstance(event, _End):
                 digest = event.digest.result()
+                check_unchanged(event.part, event.before)
                 yield EncodedPart(event.index, event.part, digest, encoded, event.captions)
                 encoded = Encoded()
                 continue
@@ -126,14 +159,19 @@ class _Reader:
         try:
             for index, part in parts:
                 # Beside the reading, so that the file passes through the page cache once.
+                before = identity(part)
                 digest = self._hashing.submit(self._source.digest, part)
                 for batch in batches(self._source.read(part), self._batch_size):
                     if self._stopped.is_set():
                         return
-                    self._events.put(self._encoder.prepare(batch, self._decoder))
+                    prepared = self._encoder.prepare(batch, self._decoder)
+                    if part.num_pairs:
+                        # A table's bytes are not those of its pictures.
+                        prepared.num_bytes = part.num_bytes * len(batch) // part.num_pairs
+                    self._events.put(prepared)
                 source = self._source
                 captions = source.counts(part.name) if isinstance(source, Recaptioned) else {}
-                self._events.put(_End(index, part, digest, captions))
+                self._events.put(_End(index, part, before, digest, captions))
             self._events.put(None)
         except BaseException as error:  # Whatever it is, the caller's thread must hear of it.
             self._events.put(error)

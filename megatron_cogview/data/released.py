@@ -7,19 +7,20 @@ tokenizer and no shards; what makes a row is in ``token_rows``.
 import hashlib
 import logging
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.data import inert_pickle
-from megatron_cogview.data.raw import Rejected
+from megatron_cogview.data.raw import Rejected, is_plain_file, mode_of, names_in, reading, size_of
 from megatron_cogview.data.token_rows import (
     CODES_PER_SIDE,
     NUM_CODES,
@@ -39,6 +40,7 @@ TEXT_SLOTS = 64
 RECORD_IDS = TEXT_SLOTS + NUM_CODES
 RECORD_BYTES = 4 * RECORD_IDS
 ROWS_PER_PART = 10_000
+_LOOK_ONLY = {"readonly": True, "lock": False, "create": False, "readahead": False}
 _LMDB_OPEN = threading.Lock()
 """LMDB opens a file once per process, and rows are hashed while they are read."""
 ROWS_AT_ONCE = 256
@@ -140,7 +142,7 @@ class CompactBinary:
         check_beginning(self, self.parts()[0])
 
     def _parts_of(self, path: Path) -> list[RowPart]:
-        size = path.stat().st_size
+        size = size_of(path)
         if size == 0 or size % RECORD_BYTES:
             raise DataError(
                 f"{path}: {size} bytes are not one or more records of {RECORD_BYTES} bytes "
@@ -154,7 +156,7 @@ class CompactBinary:
                 num_bytes=count * RECORD_BYTES,
                 start=first * RECORD_BYTES,
                 first_row=first,
-                num_rows=count,
+                num_pairs=count,
             )
             for index, first, count in cut_rows(size // RECORD_BYTES, self.rows_per_part)
         ]
@@ -162,14 +164,18 @@ class CompactBinary:
     def _files(self) -> list[Path]:
         files: list[Path] = []
         for path in self.paths:
-            if path.is_dir():
-                inside = sorted(p for p in path.glob(self.pattern) if p.is_file())
+            mode = mode_of(path)
+            if stat.S_ISDIR(mode):
+                # What cannot be listed holds no file at all for glob.
+                names_in(path)
+                with reading(path):
+                    inside = sorted(p for p in path.glob(self.pattern) if is_plain_file(p))
                 if not inside:
                     raise DataError(
                         f"{path}: holds no {self.pattern}; name the files, or another pattern"
                     )
                 files.extend(inside)
-            elif path.is_file():
+            elif stat.S_ISREG(mode):
                 files.append(path)
             else:
                 raise DataError(f"{path}: no such file or folder")
@@ -188,7 +194,7 @@ class CompactBinary:
 
 def _blocks(part: RowPart) -> Iterator[bytes]:
     """Bytes of ``ROWS_AT_ONCE`` records at a time, the last block shorter."""
-    with open(part.path, "rb") as file:
+    with reading(part.path), open(part.path, "rb") as file:
         file.seek(part.start)
         for _, _, count in cut_rows(part.num_rows, ROWS_AT_ONCE):
             data = file.read(count * RECORD_BYTES)
@@ -229,11 +235,9 @@ def _convert(block: NDArray[np.int32], ids: list[str], part: RowPart) -> TokenBa
     )
 
 
-class _Getter(Protocol):
-    """Looks up a key within one transaction."""
-
-    def __call__(self, key: bytes, take: Callable[[memoryview], bytes]) -> bytes | None:
-        """What ``take`` makes of the value, None where the key is missing."""
+_Take = Callable[[memoryview], bytes]
+_Getter = Callable[[bytes, _Take], bytes | None]
+"""What ``take`` makes of a key's value in one transaction, None where the key is missing."""
 
 
 class LmdbRows:
@@ -258,19 +262,20 @@ class LmdbRows:
         """Parts ``NAME#0``, ``NAME#1``, ...
 
         LMDB does not say where in the file a row lies: a part's bytes count each row as 1,024
-        int64, and its start is 0.
+        int64, and its start is 0.  Its path is the data file's, as a folder's times stay.
 
         Raises:
             DataError: no LMDB, cut off, or without a usable ``length``.
             ConfigError: the package ``lmdb`` is missing.
         """
+        file = self._file()
         return [
             RowPart(
                 name=f"{self._name}#{index}",
-                path=self.path,
+                path=file,
                 num_bytes=count * NUM_CODES * 8,
                 first_row=first,
-                num_rows=count,
+                num_pairs=count,
             )
             for index, first, count in cut_rows(self._length(), self.rows_per_part)
         ]
@@ -339,9 +344,7 @@ class LmdbRows:
             )
         return length
 
-    def _rows(
-        self, part: RowPart, take: Callable[[memoryview], bytes]
-    ) -> Iterator[tuple[int, bytes | None]]:
+    def _rows(self, part: RowPart, take: _Take) -> Iterator[tuple[int, bytes | None]]:
         """Numbers and what ``take`` makes of the values, None where there is none."""
         for _, first, count in cut_rows(part.num_rows, ROWS_AT_ONCE):
             numbers = range(part.first_row + first, part.first_row + first + count)
@@ -360,38 +363,34 @@ class LmdbRows:
                 f"{self.path}: rows in LMDB need the package lmdb, which is not installed: "
                 f"pip install 'megatron-cogview[import]'"
             ) from None
-        folder = self.path.is_dir()
-        file = self.path / "data.mdb" if folder else self.path
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; name the LMDB's folder or its single file")
+        file = self._file()
         try:
             with (
                 _LMDB_OPEN,
-                lmdb.open(
-                    str(self.path),
-                    subdir=folder,
-                    readonly=True,
-                    lock=False,
-                    create=False,
-                    readahead=False,
-                ) as environment,
+                lmdb.open(str(self.path), subdir=file != self.path, **_LOOK_ONLY) as environment,
                 environment.begin(buffers=True) as transaction,
             ):
                 self._refuse_cut_off(file, environment)
 
-                def get(key: bytes, take: Callable[[memoryview], bytes]) -> bytes | None:
+                def get(key: bytes, take: _Take) -> bytes | None:
                     value = transaction.get(key)
                     return None if value is None else take(value)
 
                 yield environment.stat()["entries"], get
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise DataError(f"{file}: not a readable LMDB ({error})") from None
+
+    def _file(self) -> Path:
+        """That of the data, in the folder if one was named."""
+        file = self.path / "data.mdb" if stat.S_ISDIR(mode_of(self.path)) else self.path
+        if not stat.S_ISREG(mode_of(file)):
+            raise DataError(f"{file}: no such file; name the LMDB's folder or its single file")
+        return file
 
     def _refuse_cut_off(self, file: Path, environment: Any) -> None:
         """Reading behind the end of the file would end the process (SIGBUS)."""
-        pages = environment.info()["last_pgno"] + 1
-        needed, size = pages * environment.stat()["psize"], file.stat().st_size
-        if size < needed:
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if (size := size_of(file)) < needed:
             raise DataError(
                 f"{file}: {size} bytes of {needed}, it was cut off; copy it again, or if it is "
                 f"whole, rewrite it with mdb_copy -c"

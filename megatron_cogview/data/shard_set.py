@@ -1,7 +1,9 @@
 """Reading token shards: all records of a folder as one numbered sequence, through memory maps."""
 
+import errno
 import mmap
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from megatron_cogview.storage.digest import sha256_file
 
 MAX_MAPS = 16_384
 """Shards mapped at a time; the kernel allows a process 65,530 mappings by default."""
+OTHER_FILES = 256
+"""Open files left to the rest of the process."""
 
 
 class ShardSet:
@@ -38,18 +42,27 @@ class ShardSet:
         self.folder = Path(folder)
         self.verify_crc = verify_crc
         self.manifest = read_manifest(self.folder)
-        self.codes_per_side: tuple[int, ...] = tuple(self.manifest["layout"]["codes_per_side"])
-        self.dtype = record_dtype(self.codes_per_side)
-        self._entries: list[dict[str, Any]] = self.manifest["shards"]
-        counts = [int(entry["records"]) for entry in self._entries]
+        try:
+            self.codes_per_side: tuple[int, ...] = tuple(self.manifest["layout"]["codes_per_side"])
+            self.dtype = record_dtype(self.codes_per_side)
+            self._entries: list[dict[str, Any]] = self.manifest["shards"]
+            counts = [int(entry["records"]) for entry in self._entries]
+            sizes = [(str(entry["name"]), int(entry["bytes"])) for entry in self._entries]
+            stated = int(self.manifest["records"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.folder / MANIFEST}: lacks what a reader needs ({error!r}); see what "
+                "tools/verify_shards.py says"
+            ) from None
         self._ends = np.cumsum(np.array(counts, dtype=np.int64))
         self._starts = self._ends - np.array(counts, dtype=np.int64)
         self._size = int(self._ends[-1]) if counts else 0
         # Mapped at first use: a large data set has thousands of files.
         self._maps: dict[int, memoryview] = {}
-        for entry in self._entries:
-            self._check_size(entry)
-        if self._size != self.manifest["records"]:
+        self._max_maps = _allow_open_files(len(self._entries))
+        for name, size in sizes:
+            self._check_size(name, size)
+        if self._size != stated:
             raise DataError(f"{self.folder / MANIFEST}: its record counts do not add up")
 
     def __len__(self) -> int:
@@ -64,17 +77,14 @@ class ShardSet:
     def split(self, fraction: float) -> Split:
         """Training and validation part; ``fraction`` is one that ``DataConfig`` admits.
 
-        With a fraction above 0 both parts have records, however few there are, unless all records
-        have the same id: the smallest or the largest id changes sides.
+        Of a few dozen records none may fall to a part: which side a record is on follows from its
+        id alone, in every data set alike.
 
         Raises:
             DataError: the split table is missing or damaged.
         """
-        records = self._ends - self._starts
         held_out = np.array(self._split_table()[split_row(fraction)], dtype=np.int64)
-        if fraction > 0 and self._size and int(held_out.sum()) in (0, self._size):
-            held_out = self._smallest_split(from_below=not held_out.any())
-        return Split(records, held_out)
+        return Split(self._ends - self._starts, held_out)
 
     def read(self, indices: NDArray[np.int64]) -> Records:
         """A copy of the records ``indices`` (any order, repeats allowed), shape ``[n]``.
@@ -113,14 +123,6 @@ class ShardSet:
                     f"give the same file or tokenise again into another folder"
                 )
 
-    def shard_records(self, number: int) -> Records:
-        """All records of one shard, mapped, not checked.
-
-        Raises:
-            DataError: its header is not the one that was written.
-        """
-        return np.frombuffer(self._map(number), dtype=self.dtype)
-
     def _gather(self, shard: NDArray[np.int64], row: NDArray[np.int64]) -> Records:
         """Records by shard and row, whichever way is faster; the bytes are the same."""
         raw = np.dtype((np.void, self.dtype.itemsize))
@@ -138,17 +140,17 @@ class ShardSet:
             target[end - stride : end] = mapped_bytes[first : first + stride]
         return records
 
-    def _check_size(self, entry: dict[str, Any]) -> None:
-        if not SHARD_NAME.fullmatch(str(entry["name"])):
-            raise DataError(f"{self.folder / MANIFEST}: {entry['name']!r} is not a shard's name")
-        path = f"{self.folder}/{entry['name']}"
+    def _check_size(self, name: str, expected: int) -> None:
+        if not SHARD_NAME.fullmatch(name):
+            raise DataError(f"{self.folder / MANIFEST}: {name!r} is not a shard's name")
+        path = f"{self.folder}/{name}"
         try:
             size = os.stat(path).st_size
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        if size != entry["bytes"]:
+        if size != expected:
             raise DataError(
-                f"{path}: {size} bytes, the manifest says {entry['bytes']}; "
+                f"{path}: {size} bytes, the manifest says {expected}; "
                 f"the file is truncated or foreign; copy it again or tokenise again"
             )
 
@@ -161,11 +163,7 @@ class ShardSet:
         path = self.folder / entry["name"]
         header = npy_header(self.dtype, int(entry["records"]))
         try:
-            with open(path, "rb") as file:
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Records are read in random order: what stands beside one is not wanted.
-            pages.madvise(mmap.MADV_RANDOM)
-            mapped = memoryview(pages)
+            mapped = memoryview(self._pages(path))
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
         expected = len(header) + int(entry["records"]) * self.dtype.itemsize
@@ -174,10 +172,20 @@ class ShardSet:
                 f"{path}: header does not match the manifest; the file is damaged; "
                 "copy it again or tokenise again"
             )
-        if len(self._maps) >= MAX_MAPS:
+        if len(self._maps) >= self._max_maps:
             self._maps.clear()
         body = self._maps[number] = mapped[len(header) :]
         return body
+
+    def _pages(self, path: Path) -> mmap.mmap:
+        """A mapped file; where others have used up the open files, our maps make room."""
+        try:
+            return _mapped(path)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._maps:
+                raise
+            self._maps.clear()
+            return _mapped(path)
 
     def _check_crc(
         self, records: Records, row: NDArray[np.int64], shard: NDArray[np.int64]
@@ -206,17 +214,24 @@ class ShardSet:
         table: NDArray[np.uint32] = np.load(path, mmap_mode="r", allow_pickle=False)
         return table
 
-    def _smallest_split(self, from_below: bool) -> NDArray[np.int64]:
-        """Held-out counts that put one id alone on the side that would be empty."""
-        ids = [self.shard_records(k)["sample_id"] for k in range(len(self._entries))]
-        lowest, highest = (
-            min(int(x[0]) for x in ids if len(x)),
-            max(int(x[-1]) for x in ids if len(x)),
-        )
-        if lowest == highest:
-            return np.zeros(len(ids), dtype=np.int64)
-        if from_below:
-            counts = [np.searchsorted(x, np.uint64(lowest), side="right") for x in ids]
-        else:
-            counts = [np.searchsorted(x, np.uint64(highest), side="left") for x in ids]
-        return np.array(counts, dtype=np.int64)
+
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Records are read in random order: what stands beside one is not wanted.
+    pages.madvise(mmap.MADV_RANDOM)
+    return pages
+
+
+def _allow_open_files(num_shards: int) -> int:
+    """How many shards may be mapped at a time: each holds an open file.
+
+    The usual limit of 1,024 is raised as far as the system lets a process raise it itself.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(num_shards, MAX_MAPS) + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = MAX_MAPS if soft == resource.RLIM_INFINITY else soft - OTHER_FILES
+    return max(16, min(MAX_MAPS, room))

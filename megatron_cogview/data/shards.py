@@ -161,6 +161,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"(make them with tools/tokenize_dataset.py)"
         )
     manifest = read_json_with_digest(path)
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{path}: is not a manifest of token shards; name another folder")
     if manifest.get("version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {manifest.get('version')!r}, this program reads "

@@ -1,6 +1,7 @@
 """Which reader a path on the command line needs."""
 
 import dataclasses
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.data.caption_map import CaptionMap
 from megatron_cogview.data.captions import PICTURES_ONLY, CaptionFrom, CaptionRule, Recaptioned
-from megatron_cogview.data.raw import PairSource
+from megatron_cogview.data.raw import PairSource, mode_of, names_in
 from megatron_cogview.data.table_rows import DELIMITERS
 from megatron_cogview.data.tables import IMAGE_KEY, ROWS_PER_PART, TableSource
 from megatron_cogview.data.webdataset import COMPRESSED_SUFFIXES, WebDatasetTars
@@ -112,9 +113,10 @@ def _open(path: Path, options: SourceOptions, rule: CaptionRule) -> WebDatasetTa
 
 def _kind_of(path: Path) -> Literal["webdataset", "table"]:
     """Tars or a table, by the names there are."""
-    if not path.exists():
+    mode = mode_of(path)
+    if not mode:
         raise DataError(f"{path}: no such file or folder")
-    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    names = names_in(path) if stat.S_ISDIR(mode) else [path.name]
     tars = [name for name in names if name.endswith((".tar", *COMPRESSED_SUFFIXES))]
     tables = [name for name in names if Path(name).suffix.lower() in DELIMITERS]
     if tars and tables:

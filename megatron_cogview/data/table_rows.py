@@ -6,6 +6,7 @@ same rows as the whole file.  Memory is that of one row.  Knows neither pictures
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,7 @@ import numpy as np
 
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data.fields import Trouble, parse_object
-from megatron_cogview.data.raw import MAX_CAPTION_BYTES
+from megatron_cogview.data.raw import MAX_CAPTION_BYTES, reading
 
 DELIMITERS = {".jsonl": "", ".csv": ",", ".tsv": "\t"}
 """Column separator by suffix."""
@@ -44,48 +45,56 @@ class TableFile:
         """Names in the header; none in JSONL."""
         self.first_row = 0
         """First byte after mark and header."""
-        try:
-            with open(path, "rb") as file:
-                self._read_header(file)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        with reading(path), open(path, "rb") as file:
+            self._read_header(file)
 
-    def cut(self, rows_per_range: int) -> list[tuple[int, int]]:
-        """Byte ranges of ``rows_per_range`` rows each; the last may have fewer.
+    def cut(self, rows_per_range: int) -> list[tuple[int, int, int]]:
+        """Byte ranges of ``rows_per_range`` rows each, and their rows; the last may have fewer.
 
         Raises:
-            OSError: the file cannot be read to its end.
+            DataError: the file cannot be read to its end.
         """
-        with open(self.path, "rb") as file:
+        with reading(self.path), open(self.path, "rb") as file:
             file.seek(self.first_row)
             find = self._ends_of_csv if self._delimiter else self._ends_of_lines
             ends = list(find(file, rows_per_range))
-            size = file.seek(0, 2)
-        starts = [self.first_row, *ends]
-        if starts[-1] < size:
-            ends.append(size)
-        return list(zip(starts, ends, strict=False))
+        starts = [self.first_row, *(end for end, _ in ends)]
+        return [(start, *end) for start, end in zip(starts, ends, strict=False)]
 
     def rows(self, start: int, stop: int) -> Iterator[Fields | Trouble | None]:
         """Rows of a range: their fields by name, what is wrong with them, or None if empty.
 
         Raises:
-            OSError: the file cannot be read.
+            DataError: the file cannot be read, or ends before the range does.
         """
-        with open(self.path, "rb") as file:
+        with reading(self.path), open(self.path, "rb") as file:
+            self._refuse_shorter(file, stop)
             lines = _Lines(file, start, stop)
             yield from self._csv_rows(lines) if self._delimiter else _json_rows(lines)
 
     def digest(self, start: int, stop: int) -> str:
-        """SHA-256 of the header and a range."""
+        """SHA-256 of the header and a range.
+
+        Raises:
+            DataError: as :meth:`rows`.
+        """
         digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
+        with reading(self.path), open(self.path, "rb") as file:
+            self._refuse_shorter(file, stop)
             digest.update(file.read(self.first_row))
             file.seek(start)
             while start < stop and (chunk := file.read(min(_CHUNK_BYTES, stop - start))):
                 digest.update(chunk)
                 start += len(chunk)
         return digest.hexdigest()
+
+    def _refuse_shorter(self, file: BinaryIO, stop: int) -> None:
+        """Rows that are gone would be missed by nobody."""
+        if os.fstat(file.fileno()).st_size < stop:
+            raise DataError(
+                f"{self.path}: has become shorter since its rows were counted; let it be written "
+                "to the end, and run the same command again"
+            )
 
     def _read_header(self, file: BinaryIO) -> None:
         mark = file.read(3)
@@ -104,21 +113,34 @@ class TableFile:
         self.columns = tuple(name.strip() for name in names)
         self.first_row = lines.position
 
-    def _ends_of_lines(self, file: BinaryIO, rows_per_range: int) -> Iterator[int]:
-        position, missing = file.tell(), rows_per_range
+    def _ends_of_lines(self, file: BinaryIO, rows_per_range: int) -> Iterator[tuple[int, int]]:
+        """End and number of rows of each range."""
+        end = position = file.tell()
+        rows, last = 0, b"\n"
         while chunk := file.read(_CHUNK_BYTES):
             breaks = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
-            for index in range(missing - 1, len(breaks), rows_per_range):
-                yield position + int(breaks[index]) + 1
-            missing = rows_per_range - (len(breaks) - missing) % rows_per_range
+            for index in range(rows_per_range - rows - 1, len(breaks), rows_per_range):
+                end = position + int(breaks[index]) + 1
+                yield end, rows_per_range
+            rows = (rows + len(breaks)) % rows_per_range
             position += len(chunk)
+            last = chunk[-1:]
+        if end < position:
+            yield position, rows + (last != b"\n")
 
-    def _ends_of_csv(self, file: BinaryIO, rows_per_range: int) -> Iterator[int]:
-        start = file.tell()
-        lines = _Lines(file, start, file.seek(0, 2))
-        for number, _ in enumerate(_split(lines, self._delimiter), start=1):
-            if number % rows_per_range == 0:
-                yield lines.position
+    def _ends_of_csv(self, file: BinaryIO, rows_per_range: int) -> Iterator[tuple[int, int]]:
+        """End and number of rows of each range."""
+        end = file.tell()
+        size = file.seek(0, 2)
+        lines = _Lines(file, end, size)
+        rows = 0
+        for _ in _split(lines, self._delimiter):
+            rows += 1
+            if rows == rows_per_range:
+                end, rows = lines.position, 0
+                yield end, rows_per_range
+        if end < size:
+            yield size, rows
 
     def _csv_rows(self, lines: "_Lines") -> Iterator[Fields | Trouble | None]:
         for values in _parsed(lines, self._delimiter):

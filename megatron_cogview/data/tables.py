@@ -3,18 +3,30 @@
 Looks at names, sizes and captions; decodes no picture and knows no tokenizer.
 """
 
+import errno
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.data.captions import DEFAULT_CAPTIONS, CaptionRule
 from megatron_cogview.data.fields import Trouble, given_id
-from megatron_cogview.data.raw import MAX_IMAGE_BYTES, Part, RawPair, Rejected, printable
+from megatron_cogview.data.raw import (
+    MAX_IMAGE_BYTES,
+    Part,
+    RawPair,
+    Rejected,
+    is_plain_file,
+    mode_of,
+    names_in,
+    printable,
+    reading,
+    size_of,
+)
 from megatron_cogview.data.table_rows import DELIMITERS, Fields, TableFile
 
 ROWS_PER_PART = 10_000
@@ -22,6 +34,10 @@ IMAGE_KEY = "image"
 OTHER_IMAGE_KEYS = ("file_name", "path", "filepath")
 """Looked for where ``image`` is missing, because other programs write them."""
 
+_ABOUT_ONE_PICTURE = (
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR
+)  # fmt: skip
+"""Errors that are the picture's own, as long as its folder is there; all others stop the run."""
 _LOOKED_AT = 1000
 """Rows at the beginning of which one must be usable."""
 
@@ -38,6 +54,9 @@ class TableSource:
     with a name that sorts behind the others.
 
     The digest of a part covers header and rows, not the pictures.
+
+    A picture that is missing is rejected, but only while the folder of pictures is what it was at
+    the beginning: a file system that went away stops the run.
     """
 
     def __init__(
@@ -73,13 +92,17 @@ class TableSource:
             )
         self.path, self.captions = Path(path), captions
         self.image_key, self.rows_per_part = image_key, rows_per_part
-        folder = self.path if self.path.is_dir() else self.path.parent
+        folder = self.path if stat.S_ISDIR(mode_of(self.path)) else self.path.parent
         root = folder if image_root is None else Path(image_root)
-        if image_root is not None and not root.is_dir():
+        mode = mode_of(root)
+        if image_root is not None and not stat.S_ISDIR(mode):
             raise DataError(f"{root}: no such folder of pictures (image_root)")
         # Relative, so that moving table and pictures together changes nothing.
         self._root_from_folder = os.path.relpath(root, folder)
-        self._root = os.path.realpath(root)
+        there = stat.S_ISDIR(mode)
+        with reading(root):
+            self._root = os.path.realpath(root, strict=there)
+            self._root_before = _look_at(self._root) if there else None
         self._tables: dict[Path, TableFile] = {}
 
     @property
@@ -101,20 +124,21 @@ class TableSource:
         """
         found = []
         for path in tables_of(self.path):
-            try:
-                ranges = self._table(path).cut(self.rows_per_part)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+            ranges = self._table(path).cut(self.rows_per_part)
             found += [
-                Part(f"{path.name}#{index}", path, stop - start, start)
-                for index, (start, stop) in enumerate(ranges)
+                Part(f"{path.name}#{index}", path, stop - start, start, rows)
+                for index, (start, stop, rows) in enumerate(ranges)
             ]
         if not found:
             raise DataError(f"{self.path}: holds no row")
         return found
 
     def digest(self, part: Part) -> str:
-        """SHA-256 of the table's header and the part's rows."""
+        """SHA-256 of the table's header and the part's rows.
+
+        Raises:
+            DataError: the table cannot be read, or has become shorter.
+        """
         return self._table(part.path).digest(part.start, part.start + part.num_bytes)
 
     def check(self) -> None:
@@ -132,7 +156,7 @@ class TableSource:
         columns: set[str] = set()
         first: Rejected | None = None
         for table in tables:
-            part = Part(f"{table.path.name}#0", table.path, table.path.stat().st_size)
+            part = Part(f"{table.path.name}#0", table.path, size_of(table.path))
             for row, number in islice(self._rows(part, table.first_row), _LOOKED_AT):
                 item = self._pair(row, number, part)
                 if isinstance(item, RawPair):
@@ -157,7 +181,7 @@ class TableSource:
         """
         table = self._table(tables_of(self.path)[0])
         columns: set[str] = set()
-        for row in islice(table.rows(table.first_row, table.path.stat().st_size), _LOOKED_AT):
+        for row in islice(table.rows(table.first_row, size_of(table.path)), _LOOKED_AT):
             if isinstance(row, dict):
                 if not isinstance(self.captions.find(row), Trouble):
                     return
@@ -168,12 +192,14 @@ class TableSource:
         )
 
     def read(self, part: Part) -> Iterator[RawPair | Rejected]:
-        """Pairs of one part, in the order of the rows."""
-        try:
-            for row, number in self._rows(part, part.start):
-                yield self._pair(row, number, part)
-        except (OSError, DataError) as error:
-            yield Rejected(part.name, "unreadable table", part.name, printable(str(error)))
+        """Pairs of one part, in the order of the rows.
+
+        Raises:
+            DataError: the table, or a picture for another reason than its own, cannot be read; the
+                table has become shorter; or the folder of pictures is not there any more.
+        """
+        for row, number in self._rows(part, part.start):
+            yield self._pair(row, number, part)
 
     def texts(self, part: Part, rules: Sequence[CaptionRule]) -> Iterator[str]:
         """Captions of one part by each of some rules, without touching the pictures."""
@@ -233,40 +259,84 @@ class TableSource:
         return next((row[key] for key in OTHER_IMAGE_KEYS if key in row), None)
 
     def _load(self, image: str) -> bytes | Trouble:
-        """A picture's bytes; nothing outside the root, and nothing but a plain file, is opened."""
+        """A picture's bytes; nothing outside the root, and nothing but a plain file, is opened.
+
+        Raises:
+            DataError: the machine could not read it, which says nothing about the picture.
+        """
         name = PurePosixPath(image)
         if name.is_absolute() or ".." in name.parts or "\0" in image or printable(image) != image:
             return Trouble("unsafe path", image)
-        try:
-            path = os.path.realpath(os.path.join(self._root, image))
-            if os.path.commonpath([path, self._root]) != self._root:
-                return Trouble("unsafe path", f"{image} leads out of the folder")
-            about = os.stat(path)
-            if not stat.S_ISREG(about.st_mode):
-                return Trouble("not a plain file", image)
-            if about.st_size > MAX_IMAGE_BYTES:
-                return Trouble("file too large", f"{image}: {about.st_size} bytes")
-            # Not to wait, should a pipe have taken the file's place since.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                return file.read(MAX_IMAGE_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
+        with reading(os.path.join(self._root, image)):
+            try:
+                return self._load_inside(image)
+            except OSError as error:
+                if error.errno not in _ABOUT_ONE_PICTURE:
+                    raise
+                why = error
+        self._refuse_another_root()
+        if why.errno in (errno.ENOENT, errno.ENOTDIR):
             return Trouble("no image file", image)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            return Trouble("unreadable image file", f"{image}: {why}")
+        return Trouble("unreadable image file", f"{image}: {why.strerror}")
+
+    def _load_inside(self, image: str) -> bytes | Trouble:
+        # Strict: otherwise a link that cannot be read just now would pass for a plain name.
+        path = os.path.realpath(os.path.join(self._root, image), strict=True)
+        if os.path.commonpath([path, self._root]) != self._root:
+            return Trouble("unsafe path", f"{image} leads out of the folder")
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            return Trouble("not a plain file", image)
+        if about.st_size > MAX_IMAGE_BYTES:
+            return Trouble("file too large", f"{image}: {about.st_size} bytes")
+        # Not to wait, should a pipe have taken the file's place since.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return file.read(MAX_IMAGE_BYTES)
+
+    def _refuse_another_root(self) -> None:
+        """Where a mount went away its mount point stays, another folder and mostly an empty one."""
+        with reading(self._root):
+            now = _look_at(self._root)
+        before = self._root_before = self._root_before or now
+        if now.inode != before.inode or (before.has_entries and not now.has_entries):
+            raise DataError(
+                f"{self._root}: the folder of pictures was replaced or emptied, or its file system "
+                "is gone; bring it back, and run the same command again"
+            )
+
+
+class _Look(NamedTuple):
+    """By what a folder is known again."""
+
+    inode: int
+    has_entries: bool
+    """Of which one could be listed."""
+
+
+def _look_at(folder: str) -> _Look:
+    inode = os.stat(folder).st_ino
+    try:
+        with os.scandir(folder) as entries:
+            return _Look(inode, next(entries, None) is not None)
+    except PermissionError:
+        # Pictures can be opened by name all the same.
+        return _Look(inode, False)
 
 
 def tables_of(path: Path) -> list[Path]:
     """The tables of a folder in name order, or the one that is named.
 
     Raises:
-        DataError: none, or several kinds, which may well be the same rows twice.
+        DataError: none; several kinds, which may well be the same rows twice; or what there is
+            cannot be found out.
     """
-    if not path.is_dir():
-        if not path.is_file() or path.suffix.lower() not in DELIMITERS:
+    mode = mode_of(path)
+    if not stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode) or path.suffix.lower() not in DELIMITERS:
             raise DataError(f"{path}: no such folder, or table ({', '.join(DELIMITERS)})")
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in DELIMITERS and p.is_file())
+    tables = (path / name for name in names_in(path))
+    found = [p for p in tables if p.suffix.lower() in DELIMITERS and is_plain_file(p)]
     kinds = sorted({p.suffix.lower() for p in found})
     if not found:
         raise DataError(f"{path}: holds no table ({', '.join(DELIMITERS)})")

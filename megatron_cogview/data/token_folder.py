@@ -6,10 +6,11 @@ bytes.  Several processes may share the folder: each locks its parts, and whoeve
 one writes the manifest.  Knows nothing of how records are made.
 """
 
+import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data.raw import Part, Rejected
 from megatron_cogview.data.shards import (
     MANIFEST,
+    SPLIT_TABLE,
     Records,
     read_manifest,
     shard_name,
     write_manifest,
     write_shard,
 )
-from megatron_cogview.storage.atomic import remove_stale, replacing
+from megatron_cogview.storage.atomic import fsync_directory, remove_stale, replacing
 from megatron_cogview.storage.digest import (
     read_json_with_digest,
-    sha256_bytes,
     sha256_file,
     write_json_with_digest,
 )
@@ -51,6 +52,7 @@ class TokenFolder:
         settings: dict[str, Any],
         digest: Digest,
         verify_inputs: bool = False,
+        max_rejected: float = 1.0,
     ) -> None:
         """Take what is to be there when all is done.
 
@@ -61,23 +63,28 @@ class TokenFolder:
             digest: SHA-256 of one part's input.
             verify_inputs: compare inputs with finished shards by their hashes; otherwise by size,
                 and by hash only if a file is newer than the shard.
+            max_rejected: share of pairs, 0..1, above which no manifest is written.
         """
         self.output, self.parts, self.settings = Path(output), parts, settings
         self._digest, self._verify_inputs = digest, verify_inputs
+        self._max_rejected = max_rejected
         self.output.mkdir(parents=True, exist_ok=True)
         self.locks = WorkLocks(self.output / LOCKS)
 
-    def claim(self, mine: Sequence[int]) -> list[int]:
+    def claim(self, mine: Sequence[int], patience_seconds: float = 0.0) -> list[int]:
         """Lock these parts until the process ends; which of them are still to be made.
+
+        ``patience_seconds``: how long to wait for locks that others hold.
 
         Raises:
             DataError: another live process works on one of them, or the folder holds something
                 else than a beginning of this data set.
         """
         self._check_surplus()
-        self.locks.take(mine)
-        names = {shard_name(k) for k in mine}
-        remove_stale(self.output, names | {self._sidecar(k).name for k in mine})
+        self.locks.take(mine, patience_seconds)
+        names = {shard_name(k) for k in mine} | {self._sidecar(k).name for k in mine}
+        if self.locks.supported:
+            remove_stale(self.output, names.__contains__)
         finished = self._finished_shards()
         missing = []
         for index in mine:
@@ -86,6 +93,13 @@ class TokenFolder:
             # A damaged shard of a finished data set is made again, too.
             if not self._reusable(index):
                 missing.append(index)
+        # Whoever finishes meanwhile must not take an old sidecar for the new shard's.
+        old = [self._sidecar(k) for k in missing if k >= len(finished)]
+        old = [path for path in old if path.is_file()]
+        for path in old:
+            path.unlink()
+        if old:
+            fsync_directory(self.output)
         return missing
 
     def commit(
@@ -110,7 +124,13 @@ class TokenFolder:
             "shard": shard,
             "counts": counts,
             "rejected": [
-                {"id": r.id, "reason": r.reason, "source": r.source, "detail": r.detail}
+                {
+                    "id": r.id,
+                    "reason": r.reason,
+                    "source": r.source,
+                    "detail": r.detail,
+                    "pairs": r.pairs,
+                }
                 for r in rejected
             ],
         }
@@ -119,14 +139,14 @@ class TokenFolder:
     def summary(self, index: int) -> tuple[int, Counter[str]]:
         """Records and rejections by reason of a committed part."""
         sidecar = self._read_sidecar(index)
-        reasons = Counter(item["reason"] for item in sidecar["rejected"])
-        return int(sidecar["shard"]["records"]), reasons
+        return int(sidecar["shard"]["records"]), rejections(sidecar)
 
     def finish(self) -> dict[str, Any] | None:
         """Write the log of rejections and the manifest, if every part is there; the manifest.
 
         Raises:
-            DataError: no records at all, or parts that were made with other settings.
+            DataError: no records at all, too many rejections, or parts that were made with other
+                settings.
         """
         self.locks.wait_for(_MANIFEST_LOCK)
         try:
@@ -138,9 +158,9 @@ class TokenFolder:
                     self.output, len(self.parts) - len(missing), len(self.parts),
                 )  # fmt: skip
                 return None
-            remove_stale(self.output, {MANIFEST, REJECTED_LOG})
-            sidecars = [self._merged(k) for k in range(len(self.parts))]
-            return self._write_manifest(sidecars)
+            if self.locks.supported:
+                remove_stale(self.output, _is_of_the_manifest)
+            return self._write_manifest()
         finally:
             self.locks.give_back([_MANIFEST_LOCK])
 
@@ -148,42 +168,49 @@ class TokenFolder:
         """Give all locks back."""
         self.locks.close()
 
-    def _write_manifest(self, sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write_manifest(self) -> dict[str, Any]:
+        """Sidecars are read one at a time: together they may be larger than the memory."""
         entries, reasons = [], Counter[str]()
         totals: Counter[str] = Counter()
         longest = 0
-        for sidecar in sidecars:
+        for index in range(len(self.parts)):
+            sidecar = self._merged(index)
             source = {k: sidecar[k] for k in ("source", "source_bytes", "source_sha256")}
             entries.append(sidecar["shard"] | source)
-            reasons.update(item["reason"] for item in sidecar["rejected"])
+            reasons.update(rejections(sidecar))
             counts = dict(sidecar["counts"])
             longest = max(longest, counts.pop("longest_text"))
             totals.update(counts)
-        if not any(entry["records"] for entry in entries):
-            raise DataError(f"no pair could be used; rejected: {shown(reasons)}")
+        check_share(sum(e["records"] for e in entries), reasons, self._max_rejected)
         about = {
             **self.settings,
             "layout": self.settings["layout"] | {"longest_text": longest},
             "rejected": dict(sorted(reasons.items())),
-            "rejected_log": self._write_rejected(sidecars),
+            "rejected_log": self._write_rejected(),
             "counts": dict(sorted(totals.items())),
         }
         return write_manifest(self.output, entries, about)
 
-    def _write_rejected(self, sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write_rejected(self) -> dict[str, Any]:
         """Assemble the log in input order."""
-        lines = "".join(_rejected_lines(sidecars)).encode("utf-8")
+        digest, size = hashlib.sha256(), 0
         with replacing(self.output / REJECTED_LOG) as file:
-            file.write(lines)
-        return {"name": REJECTED_LOG, "bytes": len(lines), "sha256": sha256_bytes(lines)}
+            for index in range(len(self.parts)):
+                for item in self._read_sidecar(index)["rejected"]:
+                    line = (json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8")
+                    digest.update(line)
+                    size += file.write(line)
+        return {"name": REJECTED_LOG, "bytes": size, "sha256": digest.hexdigest()}
 
     def _merged(self, index: int) -> dict[str, Any]:
         """A sidecar for the manifest; made by whom does not matter, from what does."""
         sidecar = self._read_sidecar(index)
-        if sidecar["source"] != self.parts[index].name:
+        part = self.parts[index]
+        if (sidecar["source"], sidecar["source_bytes"]) != (part.name, part.num_bytes):
             raise DataError(
                 f"{self._sidecar(index)}: was made from {sidecar['source']}, and part {index} is "
-                f"now {self.parts[index].name}; choose another --output folder"
+                f"now {part.name} of {part.num_bytes} bytes; run that worker again, or choose "
+                "another --output folder"
             )
         if sidecar["settings"] != self.settings:
             raise DataError(
@@ -242,14 +269,18 @@ class TokenFolder:
             return False
         try:
             sidecar = self._read_sidecar(index)
-            good = (
-                sidecar["settings"] == self.settings
-                and self._same_input(index, sidecar)
-                and sha256_file(self.output / shard_name(index)) == sidecar["shard"]["sha256"]
-            )
+            settings = sidecar["settings"]
+            intact = sha256_file(self.output / shard_name(index)) == sidecar["shard"]["sha256"]
+            good = intact and self._same_input(index, sidecar)
         except (DataError, OSError, KeyError) as error:
             logger.warning("%s: not usable (%s); tokenising again", path, error)
             return False
+        if settings != self.settings:
+            # Another run's work of days is not thrown away for a mistyped option.
+            raise DataError(
+                f"{path}: was made with other settings ({_difference(settings, self.settings)}); "
+                "choose another --output folder, or delete this one"
+            )
         if not good:
             logger.warning("%s: made from other inputs or damaged; tokenising again", path)
         return good
@@ -271,10 +302,32 @@ class TokenFolder:
         return (self.output / shard_name(index)).with_suffix(".json")
 
 
-def _rejected_lines(sidecars: list[dict[str, Any]]) -> Iterator[str]:
-    for sidecar in sidecars:
-        for item in sidecar["rejected"]:
-            yield json.dumps(item, ensure_ascii=False) + "\n"
+def _is_of_the_manifest(name: str) -> bool:
+    return name in (MANIFEST, REJECTED_LOG) or bool(SPLIT_TABLE.fullmatch(name))
+
+
+def rejections(sidecar: dict[str, Any]) -> Counter[str]:
+    """Pairs that a part lost, by reason."""
+    reasons: Counter[str] = Counter()
+    for item in sidecar["rejected"]:
+        reasons[item["reason"]] += item["pairs"]
+    return reasons
+
+
+def check_share(records: int, reasons: Counter[str], max_rejected: float) -> None:
+    """Refuse what lost more than the share of pairs that is allowed.
+
+    Raises:
+        DataError: it did, or there is no record at all.
+    """
+    total = records + reasons.total()
+    if reasons.total() > max_rejected * total:
+        raise DataError(
+            f"{reasons.total()} of {total} pairs rejected, more than --max-rejected "
+            f"{max_rejected}: {shown(reasons)}; the ids are in shard-*.json of the output folder"
+        )
+    if not records:
+        raise DataError(f"no pair could be used; rejected: {shown(reasons)}")
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -33,8 +33,13 @@ class RowPart(Part):
 
     first_row: int
     """Number of its first row, counted from 0."""
-    num_rows: int
-    """Rows in it."""
+    num_pairs: int
+    """Rows in it; each is a pair."""
+
+    @property
+    def num_rows(self) -> int:
+        """Another name of ``num_pairs``."""
+        return self.num_pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,13 +16,13 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from megatron_cogview.configs.errors import DataError, refuse
+from megatron_cogview.configs.errors import refuse
 from megatron_cogview.data.decode_pool import DecodePool, Decoder, InlineDecoder
 from megatron_cogview.data.encode import PairEncoder
 from megatron_cogview.data.pipeline import NUM_TRAYS, EncodedPart, encode_parts
 from megatron_cogview.data.raw import PairSource, Part
 from megatron_cogview.data.shards import FORMAT_VERSION
-from megatron_cogview.data.token_folder import Digest, TokenFolder, shown
+from megatron_cogview.data.token_folder import Digest, TokenFolder, check_share, shown
 from megatron_cogview.data.token_rows import TokenSource
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Work:
     batch_size: int = 64
     """Pictures encoded at a time."""
     max_rejected: float = 1.0
-    """Share of pairs, 0..1, above which the run fails."""
+    """Share of rejected pairs, 0..1, of this process and of all, above which the run fails."""
     worker: int = 0
     """Number of this process among those that share the output, from 0: of the input's parts it
     takes every OF-th."""
@@ -54,6 +54,9 @@ class Work:
     decode_workers: int = 1
     """Processes that decode pictures, a core each; 0: this one, and a picture that crashes a
     decoder ends the run."""
+    wait_for_locks: float = 0.0
+    """Seconds to wait for parts that another process holds: a network file system may take minutes
+    to notice that a machine has died."""
     verify_inputs: bool = False
     """Hash the inputs of finished shards again, not only compare their sizes and times."""
 
@@ -66,6 +69,8 @@ class Work:
             raise refuse("max_rejected", self.max_rejected, "must be in [0, 1]")
         if self.decode_workers < 0:
             raise refuse("decode_workers", self.decode_workers, "must be at least 0")
+        if self.wait_for_locks < 0:
+            raise refuse("wait_for_locks", self.wait_for_locks, "must be at least 0")
 
 
 def tokenize_dataset(
@@ -110,18 +115,16 @@ def write_parts(
     settings = {"version": FORMAT_VERSION, "source": source.description, **encoder.settings}
     # A source is only ever asked about its own parts.
     digest = cast("Digest", source.digest)
-    folder = TokenFolder(output, parts, settings, digest, work.verify_inputs)
+    folder = TokenFolder(output, parts, settings, digest, work.verify_inputs, work.max_rejected)
     with closing(folder):
         mine = range(work.worker, len(parts), work.of)
-        missing = folder.claim(mine)
+        missing = folder.claim(mine, work.wait_for_locks)
         tally = _Tally(work.max_rejected)
         for index in set(mine) - set(missing):
             tally.add(*folder.summary(index))
-        tally.check(early=True)
         if missing:
             chosen = [(index, parts[index]) for index in missing]
             _make(chosen, encode, encoder.dtype, folder, tally)
-        tally.check()
         manifest = folder.finish()
     if manifest:
         logger.info(
@@ -152,9 +155,11 @@ def _make(
                 writing = writer.submit(_commit, folder, dtype, part)
                 rejected = part.encoded.rejected
                 records = sum(len(r) for r in part.encoded.records)
-                tally.add(records, Counter(item.reason for item in rejected))
+                reasons: Counter[str] = Counter()
+                for item in rejected:
+                    reasons[item.reason] += item.pairs
+                tally.add(records, reasons)
                 bar.set_postfix(records=tally.records, rejected=tally.reasons.total())
-                tally.check(early=True)
         if writing is not None:
             writing.result()
 
@@ -195,18 +200,8 @@ class _Tally:
         self._max_rejected = max_rejected
 
     def add(self, records: int, reasons: Counter[str]) -> None:
-        """Count one part."""
+        """Count one part, and stop above the share once there are enough pairs to judge by."""
         self.records += records
         self.reasons.update(reasons)
-
-    def check(self, early: bool = False) -> None:
-        """Stop above the share; ``early``: only once there are enough pairs to judge by."""
-        total = self.records + self.reasons.total()
-        if early and total < MIN_PAIRS_TO_ABORT:
-            return
-        if self.reasons.total() > self._max_rejected * total:
-            raise DataError(
-                f"{self.reasons.total()} of {total} pairs rejected, more than --max-rejected "
-                f"{self._max_rejected}: {shown(self.reasons)}; the ids are in shard-*.json of the "
-                "output folder"
-            )
+        if self.records + self.reasons.total() >= MIN_PAIRS_TO_ABORT:
+            check_share(self.records, self.reasons, self._max_rejected)

@@ -3,6 +3,8 @@
 Looks at names, sizes and captions; decodes no picture and knows no tokenizer.
 """
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,14 +20,21 @@ from megatron_cogview.data.raw import (
     Part,
     RawPair,
     Rejected,
+    is_plain_file,
+    mode_of,
+    names_in,
     printable,
+    reading,
+    size_of,
 )
-from megatron_cogview.data.tar_members import Member, TarDamage, compression_of, members
+from megatron_cogview.data.tar_members import BLOCK, Member, TarDamage, compression_of, members
 from megatron_cogview.storage.digest import sha256_file
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
+_BYTES_PER_PAIR = 100_000
+"""Of a tar that says nothing of it itself; about what pictures of 256 to 512 pixels need."""
 _LOOKED_AT = 1000
 """Pairs at the beginning in which a caption is looked for."""
 
@@ -52,13 +61,18 @@ class WebDatasetTars:
         """The tars in name order.
 
         Raises:
-            DataError: no such folder, no tar in it, or compressed ones.
+            DataError: no such folder, no tar in it, compressed ones, or one that cannot be read.
         """
-        return [Part(p.name, p, p.stat().st_size) for p in tars_of(self.path)]
+        return [Part(p.name, p, size_of(p)) for p in tars_of(self.path)]
 
     def digest(self, part: Part) -> str:
-        """SHA-256 of the tar."""
-        return sha256_file(part.path)
+        """SHA-256 of the tar.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with reading(part.path):
+            return sha256_file(part.path)
 
     def check(self) -> None:
         """Refuse a first tar that is compressed, and see :meth:`check_captions`.
@@ -67,7 +81,9 @@ class WebDatasetTars:
             DataError: see there.
         """
         first = self.parts()[0].path
-        if problem := compression_of(first):
+        with reading(first):
+            problem = compression_of(first)
+        if problem:
             raise DataError(f"{first}: {problem}")
         if self.captions.required:
             self.check_captions()
@@ -95,20 +111,24 @@ class WebDatasetTars:
         )
 
     def read(self, part: Part) -> Iterator[RawPair | Rejected]:
-        """Pairs of one tar, in the order in which their keys first appear."""
+        """Pairs of one tar, in the order in which their keys first appear.
+
+        Damage of the tar comes last, as one rejection of as many pairs as may lie behind it.
+
+        Raises:
+            DataError: the tar cannot be read, whatever its bytes are.
+        """
         contents = _list(part.path)
         prefix = part.name.removesuffix(".tar")
         if contents.groups:
-            try:
-                with open(part.path, "rb") as file:
-                    for key, group in contents.groups.items():
-                        yield self._pair(file, part.name, f"{prefix}/{key}", group)
-            except OSError as error:
-                contents.damage = f"cannot be read ({error.strerror})"
+            with reading(part.path), open(part.path, "rb") as file:
+                for key, group in contents.groups.items():
+                    yield self._pair(file, part.name, f"{prefix}/{key}", group)
         for name in contents.unsafe:
             yield Rejected(name, "unsafe member name", part.name)
         if contents.damage:
-            yield Rejected(part.name, "damaged tar", part.name, contents.damage)
+            lost = contents.lost_pairs()
+            yield Rejected(part.name, "damaged tar", part.name, contents.damage, lost)
 
     def texts(self, part: Part, rules: Sequence[CaptionRule]) -> Iterator[str]:
         """Captions of one tar by each of some rules, without touching its pictures."""
@@ -152,17 +172,18 @@ def tars_of(path: Path) -> list[Path]:
     """The tars of a folder in name order, or the one tar that is named.
 
     Raises:
-        DataError: neither, or compressed ones.
+        DataError: neither, compressed ones, or what there is cannot be found out.
     """
-    if not path.is_dir():
-        if not path.is_file():
+    mode = mode_of(path)
+    if not stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode):
             raise DataError(f"{path}: no such folder or tar")
         found, compressed = [path], path if path.name.endswith(COMPRESSED_SUFFIXES) else None
     else:
-        found = sorted(p for p in path.glob("*.tar") if p.is_file())
-        compressed = next(
-            (p for p in sorted(path.iterdir()) if p.name.endswith(COMPRESSED_SUFFIXES)), None
-        )
+        names = names_in(path)
+        tars = (path / name for name in names if name.endswith(".tar"))
+        found = [tar for tar in tars if is_plain_file(tar)]
+        compressed = next((path / n for n in names if n.endswith(COMPRESSED_SUFFIXES)), None)
     if compressed is not None:
         raise DataError(
             f"{compressed}: compressed tars are not read; uncompress them (gunzip, bunzip2, unxz, "
@@ -214,22 +235,44 @@ class _Contents:
     groups: dict[str, _Group] = field(default_factory=dict)
     unsafe: list[str] = field(default_factory=list)
     damage: str = ""
+    readable: int = 0
+    """Bytes before the damage."""
+    unreadable: int = 0
+    """Bytes behind it."""
+
+    def lost_pairs(self) -> int:
+        """Pairs that the bytes behind the damage may hold, by the mean of those before it.
+
+        At least 1.  What a tar that was cut off has lost is not in its bytes, and does not count.
+        """
+        ends = (g.image.offset + g.image.size for g in self.groups.values() if g.image is not None)
+        pairs = sum(end <= self.readable for end in ends)
+        mean = self.readable / pairs if pairs else _BYTES_PER_PAIR
+        return max(1, round(self.unreadable / mean))
 
 
 def _list(path: Path) -> _Contents:
-    """Read the headers only; stop at damage and say where."""
+    """Read the headers only; stop at damage and say where.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     contents = _Contents()
-    try:
+    with reading(path):
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             try:
                 for member in members(file):
                     _sort_in(contents, member)
+                    end = member.offset + member.size
+                    # What claims to end behind the file's end is damaged itself.
+                    if end <= size:
+                        contents.readable = min(-(-end // BLOCK) * BLOCK, size)
             except TarDamage as damage:
                 contents.damage = str(damage)
+                contents.unreadable = size - contents.readable
         if contents.damage and not contents.groups:
             contents.damage = compression_of(path) or contents.damage
-    except OSError as error:
-        contents.damage = f"cannot be read ({error.strerror})"
     return contents
 
 
@@ -254,7 +297,7 @@ def _texts(
     groups = _list(path).groups
     if not groups:
         return
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         for group in islice(groups.values(), limit):
             if group.duplicate or group.too_large():
                 continue

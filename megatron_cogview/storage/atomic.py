@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -88,12 +88,12 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
-def remove_stale(folder: Path, targets: Container[str]) -> int:
-    """Remove what killed processes left of files with these names; call only under their lock."""
+def remove_stale(folder: Path, is_ours: Callable[[str], bool]) -> int:
+    """Remove what killed processes left of files with our names; call only under their lock."""
     removed = 0
     for entry in folder.iterdir():
         found = TEMPORARY_NAME.fullmatch(entry.name)
-        if found and found[1] in targets and entry.is_file():
+        if found and is_ours(found[1]) and entry.is_file():
             entry.unlink()
             removed += 1
     return removed

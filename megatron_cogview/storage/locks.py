@@ -9,6 +9,7 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,27 +30,38 @@ class WorkLocks:
         """Open the lock file, creating it if there is none; nothing is locked yet."""
         self.path = Path(path)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._warned = False
+        self.supported = True
+        """Whether the file system can lock, as far as is known; without, every lock is granted."""
 
     def close(self) -> None:
         """Give everything back."""
         os.close(self._descriptor)
 
-    def take(self, numbers: Iterable[int]) -> None:
-        """Take all of these numbers or none.
+    def take(self, numbers: Iterable[int], patience_seconds: float = 0.0) -> None:
+        """Take all of these numbers or none, trying for a while if need be.
 
         Raises:
             DataError: another live process holds one of them.
         """
-        taken: list[int] = []
-        for number in numbers:
-            if not self._lock(number, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self.give_back(taken)
+        wanted = list(numbers)
+        deadline = time.monotonic() + patience_seconds
+        while (held := self._take(wanted)) is not None:
+            if time.monotonic() >= deadline:
                 raise DataError(
-                    f"{self.path.parent}: piece {number} is being worked on by another live "
-                    "process; wait for it, or give each process its own --worker"
+                    f"{self.path.parent}: piece {held} is being worked on by another live process; "
+                    "wait for it, give each process its own --worker, or, if its machine has just "
+                    "died and the folder is on a network, --wait-for-locks 180"
                 )
-            taken.append(number)
+            logger.info("%s: piece %d is held by another process; waiting", self.path, held)
+            time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+
+    def _take(self, numbers: list[int]) -> int | None:
+        """The number that stood in the way, or None."""
+        for place, number in enumerate(numbers):
+            if not self._lock(number, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self.give_back(numbers[:place])
+                return number
+        return None
 
     def wait_for(self, number: int) -> None:
         """Take one number, waiting for its holder."""
@@ -70,7 +82,7 @@ class WorkLocks:
                 return False
             if error.errno not in _UNSUPPORTED:
                 raise
-            if not self._warned:
+            if self.supported:
                 logger.warning("%s: this file system cannot lock (%s)", self.path, error)
-                self._warned = True
+                self.supported = False
         return True

@@ -36,6 +36,13 @@ CONTINUED = (
 """Fields that must stay for a run to go on: they choose a step's records and its dropout."""
 
 
+def must_stay(config: RunConfig, fingerprints: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Fingerprints and fields that a resumed run must have in common with its checkpoint."""
+    accepted = ("data", "data.weights") if config.data.accept_changes else ()
+    wanted = {kind: value for kind, value in fingerprints.items() if kind not in accepted}
+    return wanted, [field for field in CONTINUED if field not in accepted]
+
+
 @dataclass
 class _Interval:
     """Since the last log line."""
@@ -163,9 +170,8 @@ class Trainer:
         if found is None:
             return 0
         directory, manifest = found
-        accepted = {"data"} if self.config.data.accept_changes else set()
-        wanted = {k: v for k, v in self.fingerprints.items() if k not in accepted}
-        check_belongs(directory, manifest["state"], self.config, wanted, CONTINUED)
+        wanted, continued = must_stay(self.config, self.fingerprints)
+        check_belongs(directory, manifest["state"], self.config, wanted, continued)
         self.engine.load(directory)
         step = int(manifest["step"])
         if self.topology.is_main:

@@ -1,23 +1,30 @@
 """testing.data_faults: a short sample of the kill and fuzz campaigns, and their journal."""
 
+import io
 import json
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from megatron_cogview.data import token_folder
-from megatron_cogview.testing.data_faults import journal
-from megatron_cogview.testing.data_faults.fuzz import FuzzCampaign
+from megatron_cogview.data import images, token_folder
+from megatron_cogview.testing.data_faults import fuzz, journal, mutations
+from megatron_cogview.testing.data_faults.fuzz import KINDS, FuzzCampaign
 from megatron_cogview.testing.data_faults.kills import KillCampaign
+from megatron_cogview.testing.data_faults.mutations import Mutator
 
 
 def test_killed_tokenisations_end_with_the_same_bytes(tmp_path: Path) -> None:
     campaign = KillCampaign(tmp_path)
     trials = [campaign.trial(number) for number in range(1, 7)]
-    assert all(trial["ok"] for trial in trials)
-    assert sum(trial["killed"] for trial in trials) >= 4
+    assert all(trial["ok"] and trial["killed"] for trial in trials)
+    assert {trial["way"] for trial in trials} == {"one", "two", "late", "grown"}
 
 
 def test_a_commit_that_is_not_atomic_would_be_seen(
@@ -38,12 +45,35 @@ def test_a_commit_that_is_not_atomic_would_be_seen(
 
 
 def test_hostile_input(tmp_path: Path) -> None:
-    line = FuzzCampaign(tmp_path, cases_per_trial=200).trial(0)
+    line = FuzzCampaign(tmp_path, cases_per_trial=300).trial(0)
     assert line["findings"] == []
     assert line["ok"]
     # Neither everything refused nor everything taken: the cases reach beyond the first check.
-    assert all(line["taken"][kind] and line["refused"][kind] for kind in line["taken"])
-    assert set(line["taken"]) == {"tar", "table", "image", "pickle"}
+    assert set(line["taken"]) == set(line["refused"]) == set(KINDS)
+
+
+def test_seeds_are_sound_pictures_of_many_kinds() -> None:
+    pictures = [Image.open(io.BytesIO(data)) for data in mutations.seeds()]
+    assert {"RGB", "L", "RGBA", "P", "I;16", "1", "LA", "CMYK"} == {p.mode for p in pictures}
+    assert sum("progressive" in picture.info for picture in pictures) >= 6
+    assert sum(picture.getexif().get(0x0112, 1) != 1 for picture in pictures) >= 20
+    assert max(picture.width for picture in pictures) > 150
+    for data in mutations.seeds():
+        assert images.decode(data, 32).std() > 5
+    assert (
+        Mutator(np.random.default_rng(5)).picture() == Mutator(np.random.default_rng(5)).picture()
+    )
+
+
+def _doing(act: Callable[[int, Path, Path], None]) -> Callable[..., Callable[[], None]]:
+    """A replacement of ``FuzzCampaign._prepare``."""
+
+    def prepare(
+        self: FuzzCampaign, case: int, kind: str, folder: Path, output: Path
+    ) -> Callable[[], None]:
+        return lambda: act(case, folder, output)
+
+    return prepare
 
 
 def test_what_the_campaign_looks_for_is_found(
@@ -51,27 +81,42 @@ def test_what_the_campaign_looks_for_is_found(
 ) -> None:
     outside = tmp_path.parent / "outside.txt"
 
-    def bad(self: FuzzCampaign, case: int, kind: str, folder: Path) -> None:
+    def bad(case: int, folder: Path, output: Path) -> None:
+        if case == 0:
+            (output / "fine.txt").write_text("x")
         if case == 1:
             outside.write_text("x")
         if case == 2:
             raise KeyError("unexpected")
         if case == 3:
             os.system("true")
+        if case == 4:
+            (folder / "beside_the_input.txt").write_text("x")
+        if case == 5:
+            subprocess.run(["true"], check=True)
+        if case == 6:
+            begin = time.process_time()
+            while time.process_time() < begin + 0.3:
+                pass
 
-    monkeypatch.setattr(FuzzCampaign, "_case", bad)
-    line = FuzzCampaign(tmp_path, cases_per_trial=5).trial(0)
+    monkeypatch.setattr(fuzz, "HANG_CPU_SECONDS", 0.2)
+    monkeypatch.setattr(FuzzCampaign, "_prepare", _doing(bad))
+    line = FuzzCampaign(tmp_path, cases_per_trial=7).trial(0)
     assert not line["ok"]
     found = " ".join(line["findings"])
+    assert "case 0" not in found
     assert "case 1" in found and "outside.txt" in found
     assert "KeyError" in found
     assert "os.system" in found
+    assert "beside_the_input.txt" in found
+    assert "subprocess.Popen" in found
+    assert "case 6 (tar): 0.3 s" in found
 
-    def crash(self: FuzzCampaign, case: int, kind: str, folder: Path) -> None:
+    def crash(case: int, folder: Path, output: Path) -> None:
         if case == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(FuzzCampaign, "_case", crash)
+    monkeypatch.setattr(FuzzCampaign, "_prepare", _doing(crash))
     line = FuzzCampaign(tmp_path, cases_per_trial=5).trial(0)
     assert not line["ok"]
     assert line["case"] == 3

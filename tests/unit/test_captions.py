@@ -1,7 +1,9 @@
 """data.captions and data.caption_map: which text counts, and replacing it by id."""
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,27 @@ def test_maps_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("{")
     with pytest.raises(DataError, match="was changed while it was used"):
         found.replace("a", "")
+
+
+def test_a_map_on_a_file_system_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_map(tmp_path / "m.tsv", {"a": "c"})
+    found = CaptionMap(path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    message = r"m\.tsv: cannot be read \(Stale file handle\).*run the same command again"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(DataError, match=message):
+            found.replace("a", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_map, "open", fail, raising=False)
+        with pytest.raises(DataError, match=message):
+            CaptionMap(path)
+    assert found.replace("a", "") == ("c", True)
 
 
 class Fixed:

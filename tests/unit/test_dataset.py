@@ -13,6 +13,7 @@ from megatron_cogview.configs.training import TrainingConfig
 from megatron_cogview.configs.vocab import VocabConfig
 from megatron_cogview.data.dataset import TokenDataset
 from megatron_cogview.data.loader import TrainLoader, build_loader
+from megatron_cogview.data.mixture import Mixture, quotas
 from megatron_cogview.data.shard_set import ShardSet
 from megatron_cogview.data.shards import (
     record_dtype,
@@ -232,9 +233,11 @@ def test_a_mixture_draws_by_weight_and_covers_each_set(folder, second):
     epoch = records[first][: sizes[0]]
     assert len(set(epoch.tolist())) == sizes[0]
     assert len(set(records[~first][: sizes[1]].tolist())) == sizes[1]
-    # By default every record is seen equally often.
+    # Without weights every record is seen equally often: an epoch is one permutation of all.
     records, sizes = consumed(4000)
-    assert abs((records < 100).mean() - sizes[0] / sum(sizes)) < 0.01
+    epochs = records[: 2 * sum(sizes)].reshape(2, sum(sizes))
+    assert len(set(epochs[0].tolist())) == len(set(epochs[1].tolist())) == sum(sizes)
+    assert epochs[0].tolist() != epochs[1].tolist()
 
 
 def test_a_mixture_splits_by_id_and_not_by_set(folder, second):
@@ -257,6 +260,25 @@ def test_a_mixture_is_the_same_for_any_number_of_ranks(folder, second, size):
     whole = record_numbers(loader(folder, second, **options).micro_batches(5))
     parts = [loader(folder, second, rank=r, size=size, **options) for r in range(size)]
     assert [n for part in parts for n in record_numbers(part.micro_batches(5))] == whole
+
+
+def test_a_set_too_small_for_its_share_is_named(caplog):
+    with caplog.at_level("WARNING"):
+        Mixture((1e6, 1.0), seed=0)
+    assert "set 1 gets 0.0061 % of the samples instead of 0.0001 %" in caplog.text
+    assert quotas((3.0, 1.0)).tolist() == [12288, 4096]
+    assert quotas((1.0, 0.0)).tolist() == [16384, 0]
+
+
+def test_a_tiny_set_keeps_to_the_split_of_the_large_one(folder, tmp_path):
+    """Its ids are all in the other set; none may validate here and train there."""
+    tiny = write_set(tmp_path / "tiny", (12,), first=20)
+    train = loader(folder, tiny, fraction=0.01)
+    seen = {n for step in range(60) for n in record_numbers(train.micro_batches(step))}
+    held_out = {n for n in range(100) if sample_id(f"id{n}") < 2**64 // 100}
+    assert seen == set(range(100)) - held_out
+    alone = loader(tiny, fraction=0.01)
+    assert alone.sampler.num_validation == len(held_out & set(range(20, 32)))
 
 
 def test_mixtures_that_do_not_go_together(folder, second, tmp_path):

@@ -1,5 +1,6 @@
 """data.released, binary records: made here in the original's layout, and what can be wrong."""
 
+import errno
 import hashlib
 import os
 
@@ -154,6 +155,29 @@ def test_a_file_that_shrinks_is_noticed(tmp_path):
         list(source.read(part))
     with pytest.raises(DataError, match="ends inside"):
         source.digest(part)
+
+
+def test_what_the_machine_cannot_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_binary(path, *make_rows(4))
+    source = CompactBinary(path)
+    (part,) = source.parts()
+    assert (part.num_pairs, part.num_rows) == (4, 4)
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    message = r"a\.bin: cannot be read \(Stale file handle\).*run the same command again"
+    with monkeypatch.context() as patch:
+        patch.setattr(released, "open", fail, raising=False)
+        for call in (lambda: list(source.read(part)), lambda: source.digest(part), source.check):
+            with pytest.raises(DataError, match=message):
+                call()
+    for name in ("stat", "listdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(DataError, match=r"cannot be read \(Stale file handle\)"):
+                CompactBinary(tmp_path).parts()
 
 
 def test_binary_files_that_cannot_be_written_can_be_read(tmp_path):

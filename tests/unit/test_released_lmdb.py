@@ -1,5 +1,6 @@
 """data.released, LMDB rows: made here as the original made them, and what can be wrong."""
 
+import errno
 import logging
 import os
 import pickle
@@ -172,6 +173,41 @@ def test_rows_that_would_run_code_are_rejected_and_do_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
     pickle.loads(rows[0])
     assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("subdir", [True, False])
+def test_lmdb_parts_name_the_file_that_changes(tmp_path, subdir):
+    """They named the folder, whose time of change stays when rows are written."""
+    path = write_lmdb(tmp_path / "x", [GOOD] * 3, subdir=subdir)
+    (part,) = LmdbRows(path).parts()
+    assert part.path == (path / "data.mdb" if subdir else path)
+    assert (part.name, part.num_pairs, part.num_rows) == ("x#0", 3, 3)
+    os.utime(part.path, ns=(0, 0))
+    folder_before = path.stat().st_mtime_ns
+    with lmdb.open(str(path), subdir=subdir) as environment, environment.begin(write=True) as txn:
+        txn.put(b"1", pickle.dumps(GOOD + 0))
+    assert part.path.stat().st_mtime_ns > 0
+    if subdir:
+        assert path.stat().st_mtime_ns == folder_before
+    LmdbRows(path).check()
+
+
+def test_lmdb_on_a_file_system_that_is_gone(tmp_path, monkeypatch):
+    source = LmdbRows(write_lmdb(tmp_path / "x", [GOOD]))
+    (part,) = source.parts()
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", fail)
+    for call in (
+        source.parts,
+        source.check,
+        lambda: list(source.read(part)),
+        lambda: source.digest(part),
+    ):
+        with pytest.raises(DataError, match=r"x: cannot be read \(Stale file handle\)"):
+            call()
 
 
 def test_lmdb_digest_sees_every_row(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from megatron_cogview import __version__
 from megatron_cogview.configs.errors import DataError
-from megatron_cogview.data.shards import FORMAT_VERSION
+from megatron_cogview.data.shards import FORMAT, FORMAT_VERSION
 from megatron_cogview.evaluation.html_report import embed, evenly, render
 from megatron_cogview.evaluation.report import build_report, losses, read_run
 from megatron_cogview.storage.digest import write_json_with_digest
@@ -46,7 +46,12 @@ def run(tmp_path: Path) -> Path:
     """A finished run of 50 pictures a split, every fifth of them wrong."""
     write_json(tmp_path / "image_tokenizer" / "summary.json", {"psnr": 27.5, "codes_used": 300})
     (tmp_path / "tokens").mkdir()
-    manifest = {"version": FORMAT_VERSION, "records": 95, "rejected": {"no image": 3, "no json": 2}}
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "records": 95,
+        "rejected": {"no image": 3, "no json": 2},
+    }
     write_json_with_digest(tmp_path / "tokens" / "manifest.json", manifest)
     rows: list[dict[str, Any]] = [
         {"step": s, "loss": 3.0, "text_loss": 8.0 / s, "image_loss": 6.0 - s} for s in (1, 2, 4)

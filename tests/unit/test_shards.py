@@ -3,7 +3,10 @@
 import hashlib
 import io
 import shutil
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from megatron_cogview.storage.digest import (
     read_json_with_digest,
     write_json_with_digest,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def random_records(count, sides=(3,), seed=0):
@@ -178,3 +183,48 @@ def test_a_folder_may_be_moved(tmp_path):
     expected = write_set(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert ShardSet(tmp_path / "b").read(np.arange(12)).tobytes() == expected.tobytes()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from megatron_cogview.data.shard_set import ShardSet
+hard = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+shards = ShardSet(Path(sys.argv[1]))
+records = shards.read(np.arange(len(shards)))
+again = shards.read(np.arange(len(shards))[::-1].copy())
+assert (again[::-1] == records).all()
+sys.stdout.buffer.write(records.tobytes())
+"""
+
+
+@pytest.mark.parametrize("hard", [64, 4096])
+def test_more_shards_than_open_files(tmp_path, hard):
+    """The soft limit is raised as far as it goes; where it does not, maps are let go."""
+    expected = write_set(tmp_path, counts=(2,) * 150)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), "150", str(hard)]
+    done = subprocess.run(command, capture_output=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode()[-800:]
+    assert done.stdout == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layout": None},
+        {"shards": 5},
+        {"shards": [{"records": 1}]},
+        {"records": "many"},
+        {"format": "something else"},
+        {"split_table": {"name": "../x.npy", "sha256": "0" * 64}},
+    ],
+)
+def test_manifests_of_other_programs_are_refused(tmp_path, change):
+    """A digest shows that nobody damaged the file, not that it is ours."""
+    write_set(tmp_path)
+    manifest = read_json_with_digest(tmp_path / MANIFEST)
+    write_json_with_digest(tmp_path / MANIFEST, manifest | change)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        ShardSet(tmp_path).split(0.01)

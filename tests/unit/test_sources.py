@@ -1,17 +1,27 @@
 """data.sources: the right reader for each path, and the same pairs from each."""
 
 import csv
+import errno
 import io
 import json
+import os
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_cogview.configs.errors import ConfigError, DataError
+from megatron_cogview.data import webdataset
 from megatron_cogview.data.captions import CaptionRule, Recaptioned
 from megatron_cogview.data.raw import PairSource, RawPair, Rejected
-from megatron_cogview.data.sources import SourceOptions, open_source, read_captions
+from megatron_cogview.data.sources import (
+    SourceOptions,
+    open_pictures,
+    open_source,
+    read_captions,
+)
 from megatron_cogview.data.tables import TableSource
 from megatron_cogview.data.webdataset import WebDatasetTars
 
@@ -106,6 +116,31 @@ def test_options_reach_the_reader(tmp_path: Path) -> None:
             open_source(tars, SourceOptions(**{name: value}))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "csv"])
+def test_pictures_are_read_with_and_without_captions(tmp_path: Path, kind: str) -> None:
+    folder = export(tmp_path / "data", PAIRS, kind)
+    assert content(read_all(open_pictures(folder))) == content(read_all(open_source(folder)))
+    bare = export(tmp_path / "bare", PAIRS, "tar")
+    (bare / "00000.tar").unlink()
+    if kind == "tar":
+        with tarfile.open(bare / "0.tar", "w") as tar:
+            add(tar, "k.png", b"p")
+    else:
+        (bare / "k.png").write_bytes(b"p")
+        row = '{"image": "k.png"}\n' if kind == "jsonl" else "image\nk.png\n"
+        (bare / f"rows.{kind}").write_text(row)
+    source = open_pictures(bare)
+    source.check()
+    (pair,) = read_all(source)
+    assert isinstance(pair, RawPair)
+    assert (pair.image, pair.caption) == (b"p", "")
+    assert [i.reason for i in read_all(open_source(bare)) if isinstance(i, Rejected)] == [
+        "no caption"
+    ]
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_pictures(tmp_path / "none")
+
+
 def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         open_source(tmp_path / "none")
@@ -164,3 +199,176 @@ def test_read_captions(tmp_path: Path) -> None:
             list(read_captions(path, ()))
     found = list(read_captions(tmp_path / "t.tar", ("en",)))
     assert found == ["red", "from the text file", "blue"]
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, function: str, code: int, ending: str) -> None:
+    """Let ``os.function`` fail for paths with that ending."""
+    real = getattr(os, function)
+
+    def failing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if os.fspath(path).endswith(ending):
+            raise OSError(code, os.strerror(code))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, function, failing)
+
+
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "csv"])
+def test_no_method_lets_an_error_of_the_machine_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = export(tmp_path / "data", PAIRS, kind)
+    (file,) = [p for p in folder.iterdir() if p.is_file()]
+    source = open_pictures(folder)
+    (part,) = source.parts()
+
+    def calls(source: WebDatasetTars | TableSource) -> list[Callable[[], object]]:
+        return [
+            lambda: source.digest(part),
+            source.check,
+            source.check_captions,
+            lambda: list(source.read(part)),
+            lambda: list(source.texts(part, [CaptionRule()])),
+        ]
+
+    def fail_always(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    message = rf"{file.name}: cannot be read \(Stale file handle\).*run the same command again"
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fail_always)
+        for call in calls(source):
+            with pytest.raises(DataError, match=message):
+                call()
+    for function, ending in (("stat", file.name), ("stat", "data"), ("listdir", "data")):
+        with monkeypatch.context() as patch:
+            fail(patch, function, errno.ESTALE, ending)
+            for call in (source.parts, source.check, lambda: open_source(folder).parts()):
+                with pytest.raises(DataError, match=r"cannot be read \(Stale file handle\)"):
+                    call()
+    file.unlink()
+    for call in calls(source)[::3]:
+        with pytest.raises(DataError, match=rf"{file.name}: cannot be read \(No such file"):
+            call()
+    # A file of a file system that is away must not be left out without a word.
+    file.symlink_to(tmp_path / "away" / file.name)
+    with pytest.raises(DataError, match=rf"{file.name}: cannot be read \(No such file"):
+        source.parts()
+
+
+class FailingFile(io.BufferedReader):
+    """A file on a file system that fails after a number of reads."""
+
+    def __init__(self, path: Path, left: Iterator[int], code: int) -> None:
+        super().__init__(io.FileIO(path))
+        self.left, self.code = left, code
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if next(self.left, None) is None:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ECONNRESET, errno.EACCES])
+@pytest.mark.parametrize("good_reads", [0, 25, 61, 62, 62 + 25, 62 + 59])
+def test_a_tar_that_cannot_be_read_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good_reads: int, code: int
+) -> None:
+    """It was committed as a damaged tar: 21 of 30 records, for ever."""
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for number in range(30):
+            add(tar, f"{number}.txt", b"c")
+            add(tar, f"{number}.png", b"p")
+    source = WebDatasetTars(tmp_path)
+    (part,) = source.parts()
+    whole = list(source.read(part))
+    found = []
+    words = rf"t\.tar: cannot be read \({os.strerror(code)}\).*run the same command again"
+    with monkeypatch.context() as patch:
+        left = iter(range(good_reads))
+        patch.setattr(webdataset, "open", lambda p, _: FailingFile(p, left, code), raising=False)
+        with pytest.raises(DataError, match=words):
+            for item in source.read(part):
+                found.append(item)
+    # 60 headers and twice the end, then the contents, two of a pair.
+    assert found == whole[: max(0, good_reads - 62) // 2]
+    assert list(source.read(part)) == whole
+
+
+OF_THE_MACHINE = [
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN, errno.ENODEV, errno.EREMOTEIO, errno.EPERM),
+]
+OF_THE_PICTURE = {
+    errno.ENOENT: "no image file",
+    errno.ENOTDIR: "no image file",
+    errno.ELOOP: "unreadable image file",
+    errno.ENAMETOOLONG: "unreadable image file",
+    errno.EACCES: "unreadable image file",
+    errno.EISDIR: "unreadable image file",
+}
+
+
+@pytest.mark.parametrize("function", ["lstat", "stat", "open"])
+@pytest.mark.parametrize("code", [*OF_THE_MACHINE, *OF_THE_PICTURE])
+def test_only_what_a_picture_says_of_itself_is_a_rejection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
+) -> None:
+    source = TableSource(export(tmp_path / "data", PAIRS, "csv"))
+    (part,) = source.parts()
+    fail(monkeypatch, function, code, "1.jpg")
+    if code in OF_THE_PICTURE:
+        items = list(source.read(part))
+        assert [(i.id, i.reason) for i in items if isinstance(i, Rejected)] == [
+            ("i1", OF_THE_PICTURE[code])
+        ]
+        assert len(items) == 3
+        return
+    found = []
+    message = rf"1\.jpg: cannot be read \({os.strerror(code)}\).*run the same command again"
+    with pytest.raises(DataError, match=message):
+        for item in source.read(part):
+            found.append(item)
+    assert len(found) == 1
+    fail(monkeypatch, function, code, "0.jpg")
+    with pytest.raises(DataError, match=r"0\.jpg: cannot be read"):
+        source.check()
+
+
+@pytest.mark.parametrize("loss", ["gone", "mount point", "other folder", "emptied", "forbidden"])
+def test_a_root_that_goes_away_makes_no_picture_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for number in range(3):
+        (root / f"{number}.png").write_bytes(b"p")
+    rows = [f"{name}.png,c" for name in ("0", "no", "1", "2")]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    source = TableSource(tmp_path / "t.csv", image_root=root)
+    (part,) = source.parts()
+    items = source.read(part)
+    # As long as the folder is there, a picture may be missing.
+    assert [type(next(items)) for _ in range(2)] == [RawPair, Rejected]
+    if loss == "emptied":
+        for picture in root.iterdir():
+            picture.unlink()
+    elif loss == "forbidden":
+        fail(monkeypatch, "lstat", errno.EACCES, ".png")
+        monkeypatch.setattr(os, "scandir", lambda _: (_ for _ in ()).throw(PermissionError()))
+    else:
+        root.rename(tmp_path / "elsewhere")
+        if loss != "gone":
+            root.mkdir()
+        if loss == "other folder":
+            (root / "0.png").write_bytes(b"p")
+    message = r"pictures: (the folder of pictures was replaced|cannot be read).*same command again"
+    with pytest.raises(DataError, match=message):
+        next(items)
+    if loss in ("gone", "mount point", "other folder"):
+        if root.exists():
+            for picture in root.iterdir():
+                picture.unlink()
+            root.rmdir()
+        (tmp_path / "elsewhere").rename(root)
+        assert [type(item) for item in source.read(part)] == [RawPair, Rejected, RawPair, RawPair]

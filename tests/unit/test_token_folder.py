@@ -1,5 +1,6 @@
 """data.token_folder and pipeline: several workers on one folder, repairs, errors on the way."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data import encode, pipeline
 from megatron_cogview.data.shard_set import ShardSet
+from megatron_cogview.data.webdataset import WebDatasetTars
 from megatron_cogview.storage.locks import WorkLocks
 from tests.unit import test_tokenize as base
 from tests.unit.test_tokenize import FakeImageTokenizer, content, run, write_pairs
@@ -178,12 +180,21 @@ def test_two_workers_with_other_settings_do_not_mix(pairs, text, tmp_path):
     assert run(pairs, text, out, worker=0, of=2) is None
     other = FakeImageTokenizer()
     other.fingerprint = "e" * 64
+    before = content(out)
     with pytest.raises(DataError, match=r"shard-000000.json: was made with other settings"):
         run(pairs, text, out, image=other, worker=1, of=2)
     assert not (out / "manifest.json").exists()
+    # Nor does the first worker's own run with other settings cost what is there.
+    with pytest.raises(DataError, match=r"shard-000000.json: was made with other settings"):
+        run(pairs, text, out, image=other, worker=0, of=2)
+    assert before.items() <= content(out).items()
 
 
 class Failing(FakeImageTokenizer):
+    def __init__(self, calls=0):
+        super().__init__()
+        self.calls = calls
+
     def encode(self, pictures):
         if self.calls == 3:
             raise RuntimeError("device lost")
@@ -235,3 +246,88 @@ def test_captions_that_spell_special_tokens_stay_text(text, tmp_path):
         ids = record["text"][: record["text_length"]].tolist()
         assert not {1, 2} & set(ids)
         assert max(ids) < text.vocab_size
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(pairs, text, tmp_path, monkeypatch):
+    """Replaced after the reading and before the hashing: the hash would speak of other bytes."""
+    out = tmp_path / "out"
+    real = WebDatasetTars.digest
+
+    def late(self, part):
+        if part.name == "b.tar":
+            time.sleep(0.5)
+            fresh = pairs / "fresh"
+            fresh.write_bytes(part.path.read_bytes())
+            fresh.replace(part.path)
+        return real(self, part)
+
+    monkeypatch.setattr(WebDatasetTars, "digest", late)
+    with pytest.raises(DataError, match=r"b\.tar: changed while it was read"):
+        run(pairs, text, out)
+    assert not (out / "shard-000001.json").exists()
+
+
+def test_a_part_that_is_made_again_loses_its_sidecar_first(pairs, text, tmp_path, whole):
+    """Or whoever finishes meanwhile would put the old sidecar's hash beside the new shard."""
+    out = tmp_path / "out"
+    run(pairs, text, out)
+    (out / "manifest.json").unlink()
+    shard = bytearray((out / "shard-000001.npy").read_bytes())
+    shard[-1] ^= 1
+    (out / "shard-000001.npy").write_bytes(shard)
+    with pytest.raises(RuntimeError, match="device lost"):
+        run(pairs, text, out, image=Failing(calls=3), worker=1, of=2)
+    assert not (out / "shard-000001.json").exists()
+    assert run(pairs, text, out, worker=0, of=2) is None
+    assert not (out / "manifest.json").exists()
+    run(pairs, text, out)
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize("name", ["split-0123456789ab.npy", "manifest.json", "rejected.jsonl"])
+def test_what_a_kill_in_the_end_leaves_is_removed(pairs, text, tmp_path, whole, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".{name}.0123456789abcdef.tmp").write_bytes(b"half")
+    run(pairs, text, out)
+    assert content(out) == whole
+
+
+def test_the_share_of_rejections_is_that_of_all_workers(pairs, text, tmp_path):
+    """One worker's bad half must not slip in behind another's good one."""
+    write_pairs(pairs / "b.tar", 0, extra=[(f"x{n}.json", b"{}") for n in range(20)])
+    out = tmp_path / "out"
+    assert run(pairs, text, out, worker=1, of=2, max_rejected=0.1) is None
+    with pytest.raises(DataError, match=r"20 of 28 pairs rejected, more than --max-rejected 0\.1"):
+        run(pairs, text, out, worker=0, of=2, max_rejected=0.1)
+    assert not (out / "manifest.json").exists()
+    assert run(pairs, text, out, worker=0, of=2, max_rejected=0.8)["records"] == 8
+
+
+def test_patience_with_locks(tmp_path):
+    other = held(tmp_path / "l", 5)
+    locks = WorkLocks(tmp_path / "l")
+    threading.Timer(1.0, other.kill).start()
+    begin = time.monotonic()
+    locks.take([5], patience_seconds=30)
+    assert 0.5 < time.monotonic() - begin < 20
+    other.wait()
+    locks.close()
+
+
+def test_without_locks_nobodys_temporary_files_are_removed(
+    pairs, text, tmp_path, whole, monkeypatch, caplog
+):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("megatron_cogview.storage.locks.fcntl.lockf", unsupported)
+    out = tmp_path / "out"
+    out.mkdir()
+    other = out / ".shard-000000.npy.0123456789abcdef.tmp"
+    other.write_bytes(b"of a live process, perhaps")
+    run(pairs, text, out)
+    assert "cannot lock" in caplog.text
+    assert other.read_bytes()
+    other.unlink()
+    assert content(out) == whole

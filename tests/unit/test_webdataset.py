@@ -313,11 +313,32 @@ def test_random_damage_raises_nothing(tmp_path):
         assert all(isinstance(item, RawPair | Rejected) for item in read_all(tmp_path))
 
 
-def test_a_tar_that_vanishes_is_a_rejection(tmp_path):
-    source = WebDatasetTars(write_tar(tmp_path / "t.tar", [("1.png", b"p")]))
-    part = source.parts()[0]
-    part.path.unlink()
-    assert [item.reason for item in source.read(part)] == ["damaged tar"]
+@pytest.mark.parametrize("good", [1, 4, 30])
+def test_a_damaged_tar_counts_as_the_pairs_behind_the_damage(tmp_path, good):
+    """It counted as one rejection, so --max-rejected 0.01 let 90 % of the pairs go."""
+    sizes = random.Random(good).choices(range(600, 1400), k=40)
+    pairs = [m for n, size in enumerate(sizes)
+             for m in ((f"{n}.png", b"p" * size), (f"{n}.txt", b"c"))]  # fmt: skip
+    data = bytearray(write_tar(tmp_path / "t.tar", pairs).read_bytes())
+    with tarfile.open(tmp_path / "t.tar") as tar:
+        place = tar.getmember(f"{good}.png").offset
+    data[place + 20] ^= 0xFF
+    (tmp_path / "t.tar").write_bytes(data)
+    *_, last = items = read_all(tmp_path)
+    assert (len(items), last.reason) == (good + 1, "damaged tar")
+    # Every pair takes a block for each header and text, and two to four for the picture.
+    assert 0.7 * (40 - good) < last.pairs < 2 * (40 - good)
+    assert read_all(tmp_path) == items
+    # A size that leads beyond the end hides all that stands behind it.
+    data[place : place + 512] = header(f"{good}.png", b"0", 1 << 40)
+    (tmp_path / "t.tar").write_bytes(data)
+    assert abs(read_all(tmp_path)[-1].pairs - last.pairs) <= 1
+    # Nothing to learn the mean from; and what was cut off is not there to be counted.
+    (tmp_path / "t.tar").write_bytes(b"x" * 1_050_000)
+    assert [item.pairs for item in read_all(tmp_path)] == [round(1_050_000 / 100_000)]
+    (tmp_path / "t.tar").write_bytes(data[:place])
+    assert read_all(tmp_path)[-1].pairs == 1
+    assert Rejected("i", "no image", "t.tar").pairs == 1
 
 
 def test_no_tars_and_no_folder(tmp_path):

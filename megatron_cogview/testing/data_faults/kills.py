@@ -1,9 +1,9 @@
 """Kill a tokenisation at random moments, start it again, and compare every byte with a run that
 was left alone.
 
-One trial: a fresh output folder; one to three kills (SIGKILL to the whole process group) at moments
-drawn from the time an undisturbed run takes; then a run to the end.  Processes are forked from one
-that has loaded everything, so a trial costs about a second.
+One trial: a fresh output folder; kills (SIGKILL to the whole process group) at moments drawn from
+the time an undisturbed run takes, of which at least one hit; then a run to the end.  Processes are
+forked from one that has loaded everything, so a trial costs about a second.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -37,6 +38,7 @@ from megatron_cogview.tokenization.vq_model import VQModel
 NUM_TARS, PAIRS_PER_TAR = 6, 24
 BATCH_SIZE = 8
 MOST_KILLS = 3
+MOST_TRIES = 60
 WITH_DECODER_EVERY = 10
 """Every so manieth trial has a decoding process of its own, which costs two seconds to start."""
 
@@ -48,12 +50,16 @@ class KillCampaign:
         """Make small tars and tokenizers in ``folder`` and tokenise them undisturbed."""
         self._folder = folder
         self._tars = write_tars(folder / "pairs")
+        self._few = folder / "beginning"
+        self._few.mkdir()
+        for path in sorted(self._tars.iterdir())[: NUM_TARS // 2]:
+            (self._few / path.name).hardlink_to(path)
         self._encoder = make_encoder(folder)
         seconds = []
         for number in range(2):
             output = folder / f"undisturbed-{number}"
             begin = time.perf_counter()
-            _ended(_started(self._run(output, 0)))
+            _ended(_started(self._run(self._tars, output, 0)))
             seconds.append(time.perf_counter() - begin)
         self.seconds = min(seconds)
         self.expected = contents(folder / "undisturbed-0")
@@ -61,38 +67,53 @@ class KillCampaign:
             raise RuntimeError("two undisturbed runs differ")
 
     def trial(self, number: int) -> dict[str, Any]:
-        """One trial; the same number draws the same moments."""
+        """One trial; the same number draws the same moments.
+
+        By turns one worker, two at the same time, one that is killed near its end (where the
+        manifest is written), and one whose data set grows between two kills.
+        """
         rng = np.random.default_rng([number, 5])
-        kills = int(rng.integers(1, MOST_KILLS + 1))
+        way = ("one", "two", "late", "grown")[number % 4]
         decode_workers = int(number % WITH_DECODER_EVERY == 0)
-        # The first kill is early enough to hit; the later ones may find less or nothing left to do.
-        moments = (rng.random(kills) * (0.8 * self.seconds + 2.5 * decode_workers)).tolist()
+        span = self.seconds + 2.5 * decode_workers
+        kills = 0
+        moments: list[float] = []
         with TemporaryDirectory(dir=self._folder) as name:
             output = Path(name) / "tokens"
-            hit = [self._kill_at(moment, output, decode_workers) for moment in moments]
-            _ended(_started(self._run(output, decode_workers)))
+            # Again until a kill hits: a run may be over before its moment comes.
+            while not kills and len(moments) < MOST_TRIES:
+                for share in rng.random(int(rng.integers(1, MOST_KILLS + 1))):
+                    moment = float(span * (0.7 + 0.35 * share if way == "late" else 0.9 * share))
+                    moments.append(round(moment, 4))
+                    tars = self._few if way == "grown" and len(moments) == 1 else self._tars
+                    kills += self._kill_at(moment, tars, output, decode_workers, way == "two")
+                if not kills:
+                    shutil.rmtree(output, ignore_errors=True)
+            _ended(_started(self._run(self._tars, output, decode_workers)))
             found = contents(output)
-        return {
-            "trial": number,
-            "kind": "kill",
-            "moments": [round(moment, 4) for moment in moments],
-            "killed": sum(hit),
-            "ok": found == self.expected,
-        }
+        line = {"trial": number, "kind": "kill", "way": way, "moments": moments, "killed": kills}
+        return {**line, "ok": bool(kills) and found == self.expected}
 
-    def _kill_at(self, moment: float, output: Path, decode_workers: int) -> bool:
-        """Whether the run was still going on."""
-        child = _started(self._run(output, decode_workers))
+    def _kill_at(
+        self, moment: float, tars: Path, output: Path, decode_workers: int, two: bool
+    ) -> int:
+        """How many of the workers were still at work and died of it."""
+        workers = [(0, 2), (1, 2)] if two else [(0, 1)]
+        runs = [_started(self._run(tars, output, decode_workers, *each)) for each in workers]
         time.sleep(moment)
-        # It may have ended, or not yet have its group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
-        return bool(child.exitcode == -signal.SIGKILL)
+        for child in runs:
+            # It may have ended, or not yet have its group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        for child in runs:
+            child.join()
+        return sum(child.exitcode == -signal.SIGKILL for child in runs)
 
-    def _run(self, output: Path, decode_workers: int) -> Callable[[], object]:
-        work = Work(batch_size=BATCH_SIZE, decode_workers=decode_workers)
-        source = WebDatasetTars(self._tars)
+    def _run(
+        self, tars: Path, output: Path, decode_workers: int, worker: int = 0, of: int = 1
+    ) -> Callable[[], object]:
+        work = Work(batch_size=BATCH_SIZE, decode_workers=decode_workers, worker=worker, of=of)
+        source = WebDatasetTars(tars)
         return lambda: tokenize_dataset(source, self._encoder, output, work)
 
 
