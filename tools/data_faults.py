@@ -51,7 +51,7 @@ class Truncations(Campaign):
 
 
 class Fuzz(Campaign):
-    """Hostile tars, tables, pictures and pickles, 500 a trial: no crash, hang or escape."""
+    """Hostile tars, tables, maps, pictures and rows, 500 a trial: no crash, hang or escape."""
 
     usual, make = 200, FuzzCampaign
 

@@ -27,11 +27,11 @@ from megatron_cogview.data.decode_worker import CPU_SECONDS, READY, REPLY, REQUE
 
 Pixels = NDArray[np.uint8]
 
-COMMAND = [sys.executable, "-m", "megatron_cogview.data.decode_worker"]
-"""Starts one decoding process."""
+COMMAND = [sys.executable, "-P", "-m", "megatron_cogview.data.decode_worker"]
+"""Starts one decoding process, which must not import what lies in the user's current folder."""
 
 _ATTEMPTS = 2
-"""A picture is to blame only if a second process dies of it too."""
+"""A picture is to blame only if a second process dies of it too, except of the time it took."""
 _NOT_THE_PICTURE = (signal.SIGKILL, signal.SIGTERM)
 """Ends that come from outside."""
 
@@ -142,7 +142,11 @@ class DecodePool(_Trays):
         self._threads = ThreadPoolExecutor(num_processes, "decode")
 
     def submit(self, data: bytes, tray: Tray, place: int) -> "Future[str]":
-        """Decode in the next process that is free."""
+        """Decode in the next process that is free.
+
+        The future raises :class:`DataError` where no process can be kept alive, for lack of memory
+        perhaps: that is no picture's fault.
+        """
         return self._threads.submit(self._decode, data, tray.offset + place * self._per_picture)
 
     def close(self) -> None:
@@ -164,10 +168,12 @@ class DecodePool(_Trays):
                     return answer
                 code = process.exit_code()
                 process = self._start()
+                if code == -signal.SIGPROF:
+                    break
         finally:
             self._idle.put(process)
         if -code in _NOT_THE_PICTURE:
-            raise RuntimeError(
+            raise DataError(
                 f"decoding processes are killed from outside ({signal.Signals(-code).name}), "
                 "perhaps for lack of memory; start fewer (--decode-workers)"
             )
@@ -183,14 +189,23 @@ def _cause_of_death(code: int) -> str:
     return f"cannot be decoded: the decoder ended with exit code {code}"
 
 
+def _import_paths() -> list[str]:
+    """This package's folder, and those of PYTHONPATH that do not follow the current folder.
+
+    An empty entry means the current folder, as "." does: a file of the user's data must not be
+    imported because it is called like a library.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [package, *filter(os.path.isabs, given)]
+
+
 class _Process:
     """One decoding process."""
 
     def __init__(self, descriptor: int, size: int, sides: list[int]) -> None:
-        package = str(Path(__file__).resolve().parents[2])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": os.pathsep.join(_import_paths()),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
@@ -208,14 +223,17 @@ class _Process:
         """The answer to one request, or None if the process died of it.
 
         Raises:
-            RuntimeError: the process died before it was asked anything.
+            DataError: the process died before it was asked anything.
         """
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         if not self._ready:
             if self._popen.stdout.read(len(READY)) != READY:
                 code = self._popen.wait()
-                raise RuntimeError(f"a decoding process ended at its start (exit code {code})")
+                raise DataError(
+                    f"a decoding process ended at its start (exit code {code}), perhaps for lack "
+                    "of memory; start fewer (--decode-workers), or none with 0"
+                )
             self._ready = True
         try:
             self._popen.stdin.write(REQUEST.pack(len(data), offset))

@@ -58,8 +58,8 @@ def test_seeds_are_sound_pictures_of_many_kinds() -> None:
     assert sum("progressive" in picture.info for picture in pictures) >= 6
     assert sum(picture.getexif().get(0x0112, 1) != 1 for picture in pictures) >= 20
     assert max(picture.width for picture in pictures) > 150
-    for data in mutations.seeds():
-        assert images.decode(data, 32).std() > 5
+    # All can be decoded, and all but the tiniest have something to see.
+    assert sum(images.decode(data, 32).std() > 20 for data in mutations.seeds()) >= 45
     assert (
         Mutator(np.random.default_rng(5)).picture() == Mutator(np.random.default_rng(5)).picture()
     )

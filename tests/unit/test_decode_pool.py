@@ -3,14 +3,19 @@
 import io
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data import decode_pool, images
 from megatron_cogview.data.decode_pool import DecodePool, InlineDecoder
+
+COMMAND = decode_pool.COMMAND
 
 # The real worker, but some pictures are deadly.
 DEADLY = """
@@ -95,7 +100,7 @@ def test_processes_killed_from_outside_are_not_the_pictures_fault(pool):
     pool._idle.put(process)
     # Two processes: the dead one is among the next two asked.
     assert [pool.submit(png(k), tray, k).result() for k in range(2)] == ["", ""]
-    with pytest.raises(RuntimeError, match=r"killed from outside \(SIGKILL\)"):
+    with pytest.raises(DataError, match=r"killed from outside \(SIGKILL\).*--decode-workers"):
         pool.submit(b"KILL", tray, 0).result()
     assert pool.submit(png(1), tray, 0).result() == ""
     pool.give_back(tray)
@@ -115,6 +120,57 @@ def test_a_process_that_cannot_start_is_an_error_and_not_a_rejection():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_pool, "COMMAND", [sys.executable, "-c", "raise SystemExit(7)"])
         pool = DecodePool(1, 1, [8], 1)
-        with pytest.raises(RuntimeError, match="exit code 7"):
+        with pytest.raises(DataError, match=r"exit code 7.*--decode-workers"):
             pool.submit(png(0), pool.take_tray(), 0).result()
         pool.close()
+
+
+def test_a_picture_that_takes_too_long_is_tried_once(pool, monkeypatch):
+    started = []
+    start = pool._start
+    monkeypatch.setattr(pool, "_start", lambda: started.append(1) or start())
+    tray = pool.take_tray()
+    assert "takes more than" in pool.submit(b"SLOW", tray, 0).result()
+    assert len(started) == 1
+    assert "SIGSEGV" in pool.submit(b"SEGV", tray, 0).result()
+    assert len(started) == 3
+    pool.give_back(tray)
+
+
+@pytest.mark.parametrize("paths", [None, "", ".", "{elsewhere}:", ":{elsewhere}", "{elsewhere}::."])
+def test_nothing_is_imported_from_the_current_folder(tmp_path, monkeypatch, paths):
+    """Folders of pictures come from anywhere, and may hold files that are called like libraries."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    if paths is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", paths.format(elsewhere=elsewhere))
+    given = decode_pool._import_paths()
+    assert all(Path(path).is_absolute() for path in given)
+    assert (str(elsewhere) in given) == ("elsewhere" in (paths or ""))
+    code = "import sys; print(*sys.path, sep=chr(10))"
+    # The interpreter as the pool starts it, without what takes the worker two seconds to load.
+    found = subprocess.run(
+        [*COMMAND[:2], "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(given)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert str(Path(decode_pool.__file__).resolve().parents[2]) in found
+    assert not {"", ".", str(here)} & set(found)
+
+
+def test_a_library_of_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "simplejpeg.py").write_text("open('was_run', 'w')\nraise SystemExit(9)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    # That of the fixture may still be in place.
+    monkeypatch.setattr(decode_pool, "COMMAND", COMMAND)
+    pool = DecodePool(1, 1, [8], 1)
+    assert pool.submit(png(0), pool.take_tray(), 0).result() == ""
+    pool.close()
+    assert not (tmp_path / "was_run").exists()

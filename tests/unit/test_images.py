@@ -1,12 +1,17 @@
 """data.images: every mode becomes upright RGB on white; bad files become DataError."""
 
 import io
+import re
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from megatron_cogview.configs.errors import DataError
@@ -114,6 +119,9 @@ def test_cmyk_jpeg():
         cmyk = Image.new("RGB", (16, 16), colour).convert("CMYK")
         out = images.decode(encoded(cmyk, "JPEG", quality=95), 16)
         assert np.abs(out.astype(int) - colour).max() <= 3
+    data = encoded(lifelike("CMYK"), "JPEG")
+    oracle = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[:, 80:560]
+    assert (images.decode(data, 480) == oracle).all()
 
 
 def test_bombs_are_refused_before_decoding(monkeypatch):
@@ -154,11 +162,8 @@ def test_random_damage_gives_a_picture_or_a_data_error():
 
 
 def test_thin_picture_and_shrink():
-    assert images.decode(encoded(Image.new("RGB", (1, 500), "red")), 4)[0, 0].tolist() == [
-        255,
-        0,
-        0,
-    ]
+    thin = images.decode(encoded(Image.new("RGB", (1, 500), "red")), 4)
+    assert thin[0, 0].tolist() == [255, 0, 0]
     flat = np.full((16, 16, 3), 77, dtype=np.uint8)
     assert (images.shrink(flat, 8) == np.full((8, 8, 3), 77)).all()
 
@@ -179,14 +184,10 @@ def test_jpeg_pixels_are_pillows_within_one_level(width, height):
     assert difference.mean() <= 1.0
 
 
-def test_jpeg_colours_grey_and_oddities():
+def test_jpeg_grey_and_progressive():
     grey = Image.fromarray(noise(40, 40))
     out = images.decode(encoded(grey, "JPEG", quality=95), 40)
     assert (out[..., 0] == out[..., 1]).all()
-    rgb = encoded(Image.fromarray(noise(32, 32, 3)), "JPEG", quality=95)
-    # Stray bytes before the end marker: the strict decoder refuses, the picture is whole.
-    odd = rgb[:-2] + b"\x00\x01\x02\x03" + rgb[-2:]
-    assert np.abs(images.decode(odd, 32).astype(int) - images.decode(rgb, 32)).mean() < 3
     progressive = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG", progressive=True)
     assert images.decode(progressive, 16).shape == (16, 16, 3)
 
@@ -201,6 +202,173 @@ def test_damaged_exif_does_not_cost_the_picture():
         damaged = bytearray(good)
         damaged[at : at + 4] = b"\xff\xfe\xff\xfe"
         assert np.abs(images.decode(bytes(damaged), 8).astype(int) - 90).max() <= 1
+
+
+def png_chunk(name, content):
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
+
+
+def png_2x2(depth, colour, row, *chunks):
+    """Both rows alike; for kinds that Pillow cannot write."""
+    header = struct.pack(">IIBBBBB", 2, 2, depth, colour, 0, 0, 0)
+    parts = [png_chunk(b"IHDR", header), *(png_chunk(*chunk) for chunk in chunks)]
+    parts.append(png_chunk(b"IDAT", zlib.compress((b"\0" + row) * 2)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
+
+
+GREY, RGB, PALETTE, GREY_ALPHA = 0, 2, 3, 4
+COLOURS = (b"PLTE", bytes([10, 20, 30, 40, 50, 60]))
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "chunks", "expected"),
+    [
+        (16, GREY, struct.pack(">HH", 1000, 2000), [(b"tRNS", b"\x03\xe8")], [255, 8]),
+        (16, GREY, struct.pack(">HH", 1000, 2000), [], [4, 8]),
+        (8, GREY, b"\x07\x08", [(b"tRNS", b"\0\x07")], [255, 8]),
+        (4, GREY, b"\x78", [(b"tRNS", b"\0\x07")], [255, 136]),
+        (2, GREY, b"\x10", [(b"tRNS", b"\0\0")], [255, 85]),
+        (1, GREY, b"\x40", [(b"tRNS", b"\0\0")], [255, 255]),
+        (1, GREY, b"\x40", [(b"tRNS", b"\0\1")], [0, 255]),
+        (16, GREY_ALPHA, struct.pack(">HHHH", 1000, 0, 2000, 65535), [], [255, 7]),
+        (16, RGB, bytes(range(12)), [(b"tRNS", bytes(range(6)))], [255, 6]),
+        (8, PALETTE, b"\0\1", [COLOURS, (b"tRNS", b"\x80\0")], [132, 255]),
+        (1, PALETTE, b"\x40", [COLOURS, (b"tRNS", b"\x80")], [132, 40]),
+    ],
+)  # fmt: skip
+def test_transparency_of_every_depth(depth, colour, row, chunks, expected):
+    out = images.decode(png_2x2(depth, colour, row, *chunks), 2)
+    assert out[0, :, 0].tolist() == expected
+    assert out[1, :, 0].tolist() == expected
+
+
+def lifelike(mode="RGB"):
+    """640 x 480: smooth and noisy, as a photograph is to a decoder."""
+    y, x = np.mgrid[0:480, 0:640] / 37.0
+    smooth = np.stack([np.sin(x + k) + np.cos(y - k) for k in range(3)], -1)
+    grain = np.random.default_rng(0).normal(0, 20, smooth.shape)
+    return Image.fromarray((127 + 50 * smooth + grain).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+JPEG_KINDS = [
+    ("RGB", {"quality": 75}),
+    ("RGB", {"quality": 92}),
+    ("RGB", {"quality": 92, "progressive": True}),
+    ("RGB", {"quality": 75, "restart_marker_blocks": 20}),
+    ("L", {"quality": 92}),
+    ("CMYK", {"quality": 92}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), JPEG_KINDS)
+def test_damaged_jpegs_are_refused_in_the_decoders_words(mode, options):
+    whole = encoded(lifelike(mode), "JPEG", **options)
+    garbage = np.random.default_rng(1).bytes(4096)
+    middle = len(whole) // 2
+    damaged = {
+        "half, then the end marker": whole[:middle] + b"\xff\xd9",
+        "zeros": whole[:middle] + bytes(4096) + whole[middle + 4096 :],
+        "garbage over it": whole[:middle] + garbage + whole[middle + 4096 :],
+        "garbage between": whole[:middle] + garbage + whole[middle:],
+        "cut": whole[:middle],
+    }
+    for name, data in damaged.items():
+        with pytest.raises(DataError, match=r"^cannot be decoded: \w"):
+            pytest.fail(f"{name}: {images.decode(data, 256).shape}")
+
+
+@pytest.mark.parametrize(("mode", "options"), JPEG_KINDS)
+def test_every_flipped_bit_that_libjpeg_reports_is_refused(mode, options):
+    whole = encoded(lifelike(mode).crop((0, 0, 200, 150)), "JPEG", **options)
+    rng = np.random.default_rng(2)
+    reported = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[int(rng.integers(700, len(data)))] ^= 1 << int(rng.integers(8))
+        try:
+            simplejpeg.decode_jpeg(bytes(data), "CMYK" if mode == "CMYK" else "RGB")
+        except ValueError as error:
+            stray = re.search(r"\b(\d|1[0-6]) extraneous bytes", str(error))
+            if stray:
+                continue
+            reported += 1
+            with pytest.raises(DataError):
+                images.decode(bytes(data), 64)
+    assert reported >= 3
+
+
+def test_harmless_oddities_of_jpegs_cost_nothing():
+    rgb = lifelike().crop((0, 0, 96, 64))
+    whole = encoded(rgb, "JPEG", quality=90)
+    expected = images.decode(whole, 64)
+    profile = bytearray(encoded(rgb, "JPEG", quality=90, icc_profile=b"x" * 500))
+    profile[profile.index(b"ICC_PROFILE\0") + 12] = 7
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(4) + b"\x05"
+    odd = {
+        "stray bytes at the end": whole[:-2] + b"\0\1\2\3" + whole[-2:],
+        "stray bytes between segments": whole[:20] + bytes(3) + whole[20:],
+        "both": whole[:20] + bytes(3) + whole[20:-2] + b"\1\2\3\4\5" + whole[-2:],
+        "bytes behind the end": whole + b"\xff\xda" * 500,
+        "fill bytes": whole[:20] + b"\xff" * 40 + whole[20:],
+        "JFIF 2": whole[:11] + b"\2" + whole[12:],
+        "Adobe transform 5": whole[:2] + adobe + whole[20:],
+        "profile out of order": bytes(profile),
+    }
+    assert [name for name in odd if (images.decode(odd[name], 64) != expected).any()] == []
+    for damaged in (
+        whole[:-2] + b"\1" * 40 + whole[-2:],
+        whole[:20] + bytes(40) + whole[20:],
+        # What is behind the oddity is looked at as well.
+        whole[:20] + bytes(3) + whole[20 : len(whole) // 2] + b"\xff\xd9",
+    ):
+        with pytest.raises(DataError):
+            images.decode(damaged, 64)
+
+
+def test_sampling_factors_that_only_pillow_knows():
+    data = bytearray(encoded(Image.new("RGB", (16, 16), (200, 10, 20)), "JPEG", subsampling=2))
+    start = data.index(b"\xff\xc0")
+    data[start + 11] = 0x42
+    with pytest.raises(ValueError, match="subsampling"):
+        simplejpeg.decode_jpeg(bytes(data))
+    assert images.decode(bytes(data), 8).shape == (8, 8, 3)
+
+
+def scan_bomb(num_scans, side=6300):
+    """A progressive JPEG of few bytes whose last scan stands there again and again."""
+    data = encoded(Image.new("RGB", (side, side), (200, 10, 20)), "JPEG", progressive=True)
+    starts = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    again = num_scans - len(starts)
+    return data[:-2] + data[starts[-1] : -2] * again + data[-2:]
+
+
+def test_jpegs_of_too_many_scans_are_refused_before_they_are_decoded():
+    large = scan_bomb(120)
+    assert len(large) < 1_000_000
+    begin = time.process_time()
+    with pytest.raises(DataError, match="120 scans of 6300 x 6300 pixels"):
+        images.decode(large, 64)
+    assert time.process_time() - begin < 0.5
+    with pytest.raises(DataError, match="65 scans"):
+        images.decode(scan_bomb(65, 32), 16)
+    # As many as are allowed take no longer than they should.
+    with pytest.raises(DataError, match="progression"):
+        images.decode(scan_bomb(images.MAX_SCAN_PIXELS // 6300**2), 64)
+    assert images.decode(scan_bomb(10), 64).shape == (64, 64, 3)
+
+
+def test_files_of_countless_pieces_are_refused_at_once():
+    jpeg = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    png = encoded(Image.new("RGB", (8, 8)))
+    empty = png_chunk(b"abCd", b"")
+    begin = time.process_time()
+    with pytest.raises(DataError, match="more than 20000 segments"):
+        images.decode(jpeg[:2] + b"\xff\xe5\0\2" * 2_000_000 + jpeg[2:], 8)
+    with pytest.raises(DataError, match="more than 20000 chunks"):
+        images.decode(png[:33] + empty * 2_000_000 + png[33:], 8)
+    assert time.process_time() - begin < 1
+    assert images.decode(png[:33] + empty * 15_000 + png[33:], 8).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -1,15 +1,16 @@
-"""Hostile input by the hundred thousand: mutated tars, tables, captions, pictures and pickled rows.
+"""Hostile input by the hundred thousand: mutated tars, tables, maps, pictures and token rows.
 
 Each case goes through the code that a tokenisation would run on it: reader, caption encoding,
 decoding; every so manieth through a whole tokenisation.  Cases run in a child process, a batch at a
-time, so that a crash is seen and named.  An audit hook sees every file that is opened for writing,
-every process that is started and every name that a pickle asks for.
+time, so that a crash is seen and named.  An audit hook sees every file that is opened for writing
+outside the output folder, every process that is started and every name that a pickle asks for.
 """
 
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,19 +21,27 @@ import torch
 
 from megatron_cogview.configs.errors import ConfigError, DataError
 from megatron_cogview.data import images, inert_pickle
+from megatron_cogview.data.decode_pool import COMMAND
 from megatron_cogview.data.encode import PairEncoder
 from megatron_cogview.data.raw import PairSource, RawPair
-from megatron_cogview.data.sources import open_source
+from megatron_cogview.data.released import CompactBinary
+from megatron_cogview.data.sources import SourceOptions, open_source
+from megatron_cogview.data.token_rows import parse_row
 from megatron_cogview.data.tokenize import Work, tokenize_dataset
+from megatron_cogview.testing.data_faults import journal
 from megatron_cogview.testing.data_faults.kills import make_encoder
-from megatron_cogview.testing.data_faults.mutations import Mutator
+from megatron_cogview.testing.data_faults.mutations import Mutator, large_seeds, seeds
 
 CASES_PER_TRIAL = 500
 WHOLE_EVERY = 50
-"""Every so manieth tar or table is tokenised whole, into shards."""
-HANG_SECONDS = 2.0
+"""Every so manieth tar, table or map is tokenised whole, into shards."""
+DECODER_EVERY = 850
+"""Every so manieth tar is tokenised with a decoding process of its own, two seconds to start."""
+HANG_CPU_SECONDS = 2.0
+HANG_WALL_SECONDS = 10.0
+"""A machine with other work on it is slow without hanging."""
 MEMORY_BYTES = 1 << 30
-KINDS = ("tar", "table", "image", "pickle")
+KINDS = ("tar", "table", "image", "pickle", "binary", "caption_map")
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FORBIDDEN = ("os.system", "subprocess.Popen", "pickle.find_class", "socket.connect")
@@ -47,6 +56,9 @@ class FuzzCampaign:
         self._folder = folder
         self._encoder = make_encoder(folder)
         self._cases = cases_per_trial
+        # Once, before processes are forked that would each make their own.
+        seeds()
+        large_seeds()
 
     def trial(self, number: int) -> dict[str, Any]:
         """Cases ``number * n ... (number + 1) * n - 1``."""
@@ -75,6 +87,7 @@ class FuzzCampaign:
 
     def _run(self, number: int, folder: Path, sender: Any) -> None:
         torch.set_num_threads(1)
+        journal.after_fork()
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -83,23 +96,28 @@ class FuzzCampaign:
         findings: list[str] = []
         slowest = 0.0
         taken, refused = Counter[str](), Counter[str]()
-        watch = _Watch(folder)
+        output = folder / "output"
+        output.mkdir()
+        watch = _Watch(output)
         for case in range(number * self._cases, (number + 1) * self._cases):
             kind = KINDS[case % len(KINDS)]
             sender.send({"case": case, "case_kind": kind, "findings": findings})
-            begin = time.process_time()
+            case_folder = folder / str(case)
+            case_folder.mkdir()
+            run = self._prepare(case, kind, case_folder, output)
+            begin, begin_wall = time.process_time(), time.perf_counter()
             with watch:
                 try:
-                    self._case(case, kind, folder)
+                    run()
                     taken[kind] += 1
                 except (DataError, ConfigError):
                     refused[kind] += 1
                 except Exception as error:  # Anything else is what the campaign looks for.
                     findings.append(f"case {case} ({kind}): {type(error).__name__}: {error}"[:300])
-            seconds = time.process_time() - begin
+            seconds, wall = time.process_time() - begin, time.perf_counter() - begin_wall
             slowest = max(slowest, seconds)
-            if seconds > HANG_SECONDS:
-                findings.append(f"case {case} ({kind}): {seconds:.1f} s")
+            if seconds > HANG_CPU_SECONDS or wall > HANG_WALL_SECONDS:
+                findings.append(f"case {case} ({kind}): {seconds:.1f} s of {wall:.1f} s")
             findings.extend(f"case {case} ({kind}): {event}" for event in watch.take())
         grown = _memory("VmHWM") - before
         if grown > MEMORY_BYTES:
@@ -116,23 +134,42 @@ class FuzzCampaign:
         )
         sender.close()
 
-    def _case(self, case: int, kind: str, folder: Path) -> None:
-        rng = np.random.default_rng([case, 11])
-        mutator = Mutator(rng)
+    def _prepare(self, case: int, kind: str, folder: Path, output: Path) -> Callable[[], object]:
+        """Write the input of a case to ``folder``; what is returned may write to ``output``."""
+        mutator = Mutator(np.random.default_rng([case, 11]))
         if kind == "image":
-            images.decode(mutator.picture(), 32)
-        elif kind == "pickle":
-            inert_pickle.loads(mutator.row())
+            picture = mutator.picture()
+            return lambda: images.decode(picture, 32)
+        if kind == "pickle":
+            row = mutator.row()
+            return lambda: parse_row(inert_pickle.loads(row), "id", "part")
+        data = folder / "data"
+        data.mkdir()
+        if kind == "binary":
+            mutator.write_binary(data)
+            return lambda: _read_binary(CompactBinary(data, rows_per_part=3))
+        options = SourceOptions()
+        if kind == "caption_map":
+            options = SourceOptions(caption_map=mutator.write_caption_map(data, folder / "map"))
+        elif kind == "tar":
+            mutator.write_tar(data)
         else:
-            data = folder / f"{case}"
-            data.mkdir()
-            mutator.write_tar(data) if kind == "tar" else mutator.write_table(data)
-            source = open_source(data)
-            if (case // len(KINDS)) % WHOLE_EVERY == 0:
-                work = Work(decode_workers=0, batch_size=8)
-                tokenize_dataset(source, self._encoder, folder / f"{case}-out", work)
-            else:
-                _read(source, self._encoder)
+            mutator.write_table(data)
+        number = case // len(KINDS)
+        if number % WHOLE_EVERY:
+            return lambda: _read(open_source(data, options), self._encoder)
+        workers = int(kind == "tar" and number % DECODER_EVERY == 0)
+        work = Work(decode_workers=workers, batch_size=8)
+        target = output / str(case)
+        return lambda: tokenize_dataset(open_source(data, options), self._encoder, target, work)
+
+
+def _read_binary(source: CompactBinary) -> None:
+    source.check()
+    for part in source.parts():
+        source.digest(part)
+        for _ in source.read(part):
+            pass
 
 
 def _read(source: PairSource, encoder: PairEncoder) -> None:
@@ -153,7 +190,7 @@ def _memory(name: str) -> int:
 
 
 class _Watch:
-    """What a case does to the world outside its folder."""
+    """What a case does to the world outside the output folder."""
 
     def __init__(self, allowed: Path) -> None:
         self._allowed = str(allowed.resolve())
@@ -175,6 +212,8 @@ class _Watch:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._active:
             return
+        if event == "subprocess.Popen" and list(arguments[1])[: len(COMMAND)] == COMMAND:
+            return
         if event in _FORBIDDEN:
             self._seen.append(f"{event} {arguments!r}"[:200])
         elif event == "open":
@@ -188,5 +227,5 @@ class _Watch:
 
     def _check(self, event: str, path: str) -> None:
         full = os.path.abspath(path)
-        if full != os.devnull and not full.startswith(self._allowed + os.sep):
+        if full != os.devnull and not (full + os.sep).startswith(self._allowed + os.sep):
             self._seen.append(f"{event} of {full}")

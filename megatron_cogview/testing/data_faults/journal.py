@@ -1,6 +1,7 @@
 """The journal of a campaign: one JSON line a trial, so that it goes on where it was stopped."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ def read(journal: Path) -> list[dict[str, Any]]:
         return []
     lines = journal.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def after_fork() -> None:
+    """In a forked process: a progress bar's lock is shared with the parent and all its other
+    children, and one that was killed while holding it would block them for ever."""
+    tqdm.set_lock(threading.RLock())
 
 
 def run(journal: Path, trial: Trial, trials: int, minutes: float) -> list[dict[str, Any]]:

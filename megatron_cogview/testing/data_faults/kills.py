@@ -31,6 +31,7 @@ from megatron_cogview.data.encode import PairEncoder
 from megatron_cogview.data.token_folder import LOCKS
 from megatron_cogview.data.tokenize import Work, tokenize_dataset
 from megatron_cogview.data.webdataset import WebDatasetTars
+from megatron_cogview.testing.data_faults import journal
 from megatron_cogview.tokenization.image import load_image_tokenizer, save_image_tokenizer
 from megatron_cogview.tokenization.text import TextTokenizer, train
 from megatron_cogview.tokenization.vq_model import VQModel
@@ -177,6 +178,7 @@ def _started(run: Callable[[], object]) -> Any:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         torch.set_num_threads(1)
+        journal.after_fork()
         run()
 
     process = get_context("fork").Process(target=child)
