@@ -1,6 +1,7 @@
 """Which reader a path on the command line needs."""
 
 import dataclasses
+import logging
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from megatron_cogview.data.raw import PairSource, mode_of, names_in
 from megatron_cogview.data.table_rows import DELIMITERS
 from megatron_cogview.data.tables import IMAGE_KEY, ROWS_PER_PART, TableSource
 from megatron_cogview.data.webdataset import COMPRESSED_SUFFIXES, WebDatasetTars
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["auto", "webdataset", "table"]
 
@@ -46,7 +49,7 @@ def open_source(path: Path, options: SourceOptions | None = None) -> PairSource:
 
     Raises:
         ConfigError: an option that cannot work, or that this kind of data does not have.
-        DataError: nothing there that can be read, or more than one kind.
+        DataError: nothing there that can be read.
     """
     options = options or SourceOptions()
     rule = CaptionRule(
@@ -120,10 +123,12 @@ def _kind_of(path: Path) -> Literal["webdataset", "table"]:
     tars = [name for name in names if name.endswith((".tar", *COMPRESSED_SUFFIXES))]
     tables = [name for name in names if Path(name).suffix.lower() in DELIMITERS]
     if tars and tables:
-        raise DataError(
-            f"{path}: holds {len(tars)} tar(s) ({tars[0]}, ...) and {len(tables)} table(s) "
-            f"({tables[0]}, ...); choose with kind = 'webdataset' or 'table'"
-        )
+        # Lists of prompts, statistics and the like often lie beside tars.
+        logger.warning(
+            "%s: holds tars (%s, ...) and tables (%s, ...); the tars are read (for the tables: "
+            "kind = 'table')",
+            path, tars[0], tables[0],
+        )  # fmt: skip
     if tars or tables:
         return "webdataset" if tars else "table"
     endings = Counter(Path(name).suffix or "no ending" for name in names)
