@@ -127,12 +127,11 @@ def test_records_come_back(tokens, tools):
         codes = torch.from_numpy(record["image0"].astype(np.int64))[None]
         assert (item.pictures[0] == image.decode(codes)[0].numpy()).all()
         below = int(record["sample_id"]) < threshold(100)
-        if below:
-            assert item.part == "validation"
+        assert item.part == ("validation" if below else "training")
     assert found.shown[5].place == "shard-000000.npy, record 5"
     assert found.shown[6].place == "shard-000002.npy, record 0"
     sides = [item.part for item in found.shown]
-    assert sides.count("validation") == found.num_validation >= 1
+    assert sides.count("validation") == found.num_validation
     assert sides.count("training") == found.num_train == 9 - found.num_validation
     split = ShardSet(tokens).split(0.01)
     validation = split.validation(np.arange(split.num_validation)).tolist()
