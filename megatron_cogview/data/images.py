@@ -26,6 +26,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 40_000_000
 """Refused above this before anything is decoded: about 280 MB while a picture with transparency is
 laid on white, or an ordinary progressive JPEG decoded; at most 560 MB, for one in CMYK."""
+MAX_SIDE = 65_535
+"""Of any picture, as JPEG has it: a line of 40 million pixels takes twice the time of a square."""
 MAX_SCANS = 64
 """Of a JPEG; encoders make 1 to about 15."""
 MAX_SCAN_PIXELS = 20 * MAX_PIXELS
@@ -86,8 +88,11 @@ def decode(data: bytes, size: int) -> Pixels:
             scans = _count_scans(data)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             num_pixels = image.width * image.height
-            if num_pixels > MAX_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}")
+            if num_pixels > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise DataError(
+                    f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}, or a side of "
+                    f"more than {MAX_SIDE}"
+                )
             if scans > min(MAX_SCANS, MAX_SCAN_PIXELS // num_pixels):
                 raise DataError(
                     f"{scans} scans of {image.width} x {image.height} pixels: more than "
