@@ -153,6 +153,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = TrainState(run=self.config.to_dict(), fingerprints=self.fingerprints)
         root = self.folder / CHECKPOINTS
+        self.loader.settle()
         keep = self.config.training.keep_checkpoints
         with commit.committing(root, step, dataclasses.asdict(state), keep) as directory:
             self.engine.save(directory)
