@@ -5,7 +5,7 @@ Knows neither sources nor files: only two tokenizers and the sequence the record
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ class PairEncoder:
         for place, item in enumerate(batch):
             if isinstance(item, RawPair):
                 prepared.num_bytes += len(item.image)
-                checked = check_text(next(texts), item, self.sequence)
+                checked = check_text(next(texts), item.id, item.source, self.sequence)
                 if not isinstance(checked, Rejected):
                     ids, cut = checked
                     decoded = decoder.submit(item.image, tray, place)
@@ -206,21 +206,13 @@ def layout_settings(sequence: SequenceConfig) -> dict[str, Any]:
 
 
 def check_text(
-    ids: list[int], pair: RawPair, sequence: SequenceConfig
+    ids: list[int], name: str, source: str, sequence: SequenceConfig
 ) -> tuple[list[int], bool] | Rejected:
     """Ids within the budget and whether they were cut, or why the pair is left out."""
     if not ids:
-        return Rejected(pair.id, "empty caption", pair.source)
-    return within_budget(ids, pair.id, pair.source, sequence)
-
-
-def within_budget(
-    ids: list[int], name: str, source: str, sequence: SequenceConfig
-) -> tuple[list[int], bool] | Rejected:
-    """Apply the policy for texts over the budget."""
-    budget: int = sequence.text_budget
-    policy: Literal["reject", "truncate"] = sequence.text_policy
-    if len(ids) > budget and policy == "reject":
+        return Rejected(name, "empty caption", source)
+    budget = sequence.text_budget
+    if len(ids) > budget and sequence.text_policy == "reject":
         detail = f"{len(ids)} ids, budget {budget}"
         return Rejected(name, "caption over the text budget", source, detail)
     return ids[:budget], len(ids) > budget

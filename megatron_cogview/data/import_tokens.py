@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cogview.configs.errors import DataError, refuse
-from megatron_cogview.data.encode import Encoded, PairEncoder, within_budget
+from megatron_cogview.data.encode import Encoded, PairEncoder, check_text
 from megatron_cogview.data.pipeline import EncodedPart, check_unchanged, identity
 from megatron_cogview.data.raw import Rejected
 from megatron_cogview.data.released import CompactBinary, LmdbRows, TokenBatch
@@ -87,17 +87,15 @@ def _add_batch(batch: TokenBatch, part: RowPart, encoder: PairEncoder, encoded: 
     budget = encoder.sequence.text_budget
     refused: dict[int, Rejected] = {}
     over = lengths > budget
-    for number in np.flatnonzero(lengths == 0).tolist():
-        refused[number] = Rejected(batch.ids[number], "empty caption", part.name)
-    if encoder.sequence.text_policy == "reject":
-        for number in np.flatnonzero(over).tolist():
-            ids = batch.text[number, : lengths[number]].tolist()
-            answer = within_budget(ids, batch.ids[number], part.name, encoder.sequence)
-            assert isinstance(answer, Rejected)
-            refused[number] = answer
-    else:
+    if encoder.sequence.text_policy == "truncate":
         encoded.counts.truncated += int(over.sum())
-        lengths = np.minimum(lengths, budget)
+    doubtful = (lengths == 0) | over
+    for number in np.flatnonzero(doubtful).tolist():
+        ids = batch.text[number, : lengths[number]].tolist()
+        answer = check_text(ids, batch.ids[number], part.name, encoder.sequence)
+        if isinstance(answer, Rejected):
+            refused[number] = answer
+    lengths = np.minimum(lengths, budget)
     earlier = iter(batch.rejected)
     place = 0
     for usable in batch.usable:
@@ -128,10 +126,7 @@ def _add_rows(rows: list[TokenRow | Rejected], encoder: PairEncoder, encoded: En
             encoded.rejected.append(row)
             continue
         ids = next(tokenised) if isinstance(row.text, str) else row.text.tolist()
-        if not ids:
-            encoded.rejected.append(Rejected(row.id, "empty caption", row.source))
-            continue
-        checked = within_budget(ids, row.id, row.source, encoder.sequence)
+        checked = check_text(ids, row.id, row.source, encoder.sequence)
         if isinstance(checked, Rejected):
             encoded.rejected.append(checked)
             continue
