@@ -16,6 +16,7 @@ from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.precision import PrecisionConfig
 from megatron_cogview.configs.sequence import SequenceConfig
+from megatron_cogview.configs.survival import SurvivalConfig
 from megatron_cogview.configs.tokenizer_training import TokenizerTrainingConfig
 from megatron_cogview.configs.training import TrainingConfig
 
@@ -44,8 +45,12 @@ class RunConfig:
     """Token shards."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Training loop."""
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    """What is done when something goes wrong."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling."""
+    profile: bool = False
+    """Write a trace of ``training.profile_steps`` steps into the run folder."""
 
     def __post_init__(self) -> None:
         if self.sequence.model_length > self.model.max_positions:

@@ -33,12 +33,28 @@ class TrainingConfig:
     """Global batches per validation."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones are removed."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of it are kept for good; 0: none is."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time, at some cost in speed; on a CPU all do."""
+    profile_from: int = 10
+    """With ``--profile``: first step (counted from 1) of the trace."""
+    profile_steps: int = 3
+    """With ``--profile``: steps of the trace."""
+    log_activations_every: int = 0
+    """Steps between records of each layer's largest activation and attention score, the early
+    warning of an fp16 overflow; 0: none.  Such a step is slower."""
 
     def __post_init__(self) -> None:
-        names = ("steps", "global_batch_size", "micro_batch_size", "log_every", "save_every")
-        for name in names:
+        positive = ("steps", "global_batch_size", "micro_batch_size", "log_every", "save_every")
+        for name in (*positive, "profile_from", "profile_steps"):
             if getattr(self, name) < 1:
                 raise refuse(f"training.{name}", getattr(self, name), "must be at least 1")
+        for name in ("validate_every", "validation_batches", "keep_every", "log_activations_every"):
+            if getattr(self, name) < 0:
+                raise refuse(f"training.{name}", getattr(self, name), "must not be negative")
         if self.keep_checkpoints < 2:
             raise refuse(
                 "training.keep_checkpoints",
