@@ -38,7 +38,7 @@ class TrainingConfig:
     async_save: bool = True
     """Write checkpoints in the background, from a copy in host memory."""
     deterministic: bool = False
-    """Only operations that give the same bits every time, at some cost in speed; on a CPU all do."""
+    """Only operations that give the same bits every time, at some cost in speed on a GPU."""
     profile_from: int = 10
     """With ``--profile``: first step (counted from 1) of the trace."""
     profile_steps: int = 3
