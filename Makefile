@@ -24,10 +24,10 @@ endif
 DEMO_ARGS += --image-tokenizer "$(TOKENIZER)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-faults check clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 	@echo
 	@echo '  make demo DATA=FOLDER   the same path on your own WebDataset tars'
 	@echo '  make demo TOKENIZER=tiny_vqgan   the same path with a VQGAN'
@@ -46,6 +46,13 @@ demo: $(STAMP) ## Tars to tokens, training, pictures and a report, on two CPU co
 
 test: $(STAMP) ## The whole test suite
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+
+# Minutes for the campaigns of test-faults; what is left is done the next time.
+MINUTES ?= 600
+
+test-faults: $(STAMP) ## The slow suite: every layout, and campaigns of faults against training
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tools/train_faults.py --output runs/faults --minutes $(MINUTES)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow
 
 check: $(STAMP) ## Format, lint, types, import directions, Dockerfile, shell syntax
 	$(BIN)/ruff format --check .

@@ -85,7 +85,7 @@ def _quiet_libraries() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a task; the exit code is 0, or 1 after an error that a user can mend."""
+    """Run a task; the exit code is the task's own, or 1 after an error that a user can mend."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(usage())
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(words) == 1 or words[1].startswith("-"):
             raise ConfigError(f"preset: name one after {words[0]!r}: {', '.join(PRESETS)}")
         config, more = _arguments(words[0], base_config(words[1]), words[2:])
-        registry.load(words[0])(config, **more)
+        code = registry.load(words[0])(config, **more)
     except ConfigError as error:
         # Every rank has the same configuration; one message is enough.
         if rank == 0:
@@ -112,4 +112,4 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    return int(code or 0)

@@ -1,77 +1,242 @@
-"""megatron-core's distributed checkpoints: saved under one (TP, PP, DP), loaded under another."""
+"""Model and optimizer of one rank as pieces of whole tensors, under megatron-core's names.
 
-from collections.abc import Sequence
+The names do not depend on the layout: a piece is a box of a tensor of the whole model, so what was
+saved under one (tensor, pipeline, data) layout, with or without the distributed optimizer, fills
+any other.  Shards of the distributed optimizer are saved where they are; nothing is gathered.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from megatron_cogview.checkpoint.boxes import Box, boxes_of_range
+from megatron_cogview.checkpoint.common import read_common
+from megatron_cogview.checkpoint.index import Index
+from megatron_cogview.checkpoint.reader import CheckpointReader
+from megatron_cogview.checkpoint.snapshot import Piece, ShardedState
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.model.cogview import CogViewModel
 from megatron_cogview.parallel.topology import Topology
 
-
-def _metadata(topology: Topology) -> dict[str, Any]:
-    return {
-        "dp_cp_group": topology.data_group,
-        # The one form of optimizer state that loads under another layout.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-    }
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"
+"""megatron-core's name of the fp32 copy of a half-precision weight."""
+OPTIMIZER = "optimizer.state"
 
 
-def _chunk_key(index: int, num_chunks: int) -> str:
-    return "model" if num_chunks == 1 else f"model{index}"
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A parameter of this rank."""
+
+    parameter: torch.nn.Parameter
+    piece: Piece
+    is_first_copy: bool
+    """Whether, data replicas aside, no rank before this one holds the same."""
 
 
-def model_only(chunks: Sequence[CogViewModel], topology: Topology) -> dict[str, Any]:
-    """Sharded description of the weights."""
-    return {
-        _chunk_key(i, len(chunks)): chunk.sharded_state_dict(metadata=_metadata(topology))
-        for i, chunk in enumerate(chunks)
-    }
+def model_pieces(chunks: Sequence[CogViewModel], topology: Topology) -> list[Piece]:
+    """The weights."""
+    return [weight.piece for weight in _weights(chunks, topology)]
 
 
-def model_and_optimizer(
-    chunks: Sequence[CogViewModel],
-    optimizer: MegatronOptimizer,
-    topology: Topology,
-    is_loading: bool = False,
-) -> dict[str, Any]:
-    """Sharded description of weights and optimizer state."""
-    state = model_only(chunks, topology)
-    state["optimizer"] = optimizer.sharded_state_dict(
-        state, is_loading=is_loading, metadata=_metadata(topology)
-    )
-    return state
+def sharded_state(
+    chunks: Sequence[CogViewModel], optimizer: MegatronOptimizer, topology: Topology
+) -> ShardedState:
+    """Weights and optimizer."""
+    weights = list(_weights(chunks, topology))
+    pieces = [weight.piece for weight in weights]
+    for part in _parts(optimizer):
+        pieces += _optimizer_pieces(part, {weight.parameter: weight for weight in weights})
+    return ShardedState(pieces, _common(optimizer), _empty_objects(chunks, topology))
 
 
-def save(state: dict[str, Any], directory: Path) -> None:
-    """Write ``state`` into an empty directory.  All ranks call it together."""
-    # A writer is a process: on a CPU, where ranks share the memory, one for each rank is enough.
-    writers = 2 if torch.cuda.is_available() else 1
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=writers)
-    dist_checkpointing.save(state, str(directory), strategy)
-
-
-def load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Read what ``wanted`` describes.  All ranks call it together.
+def load(
+    chunks: Sequence[CogViewModel], optimizer: MegatronOptimizer, topology: Topology, folder: Path
+) -> None:
+    """Fill model and optimizer from a checkpoint, in place.
 
     Raises:
-        CheckpointError: the checkpoint was made for another model.
+        CheckpointError: it was made for another model, or holds no optimizer.
     """
+    state = sharded_state(chunks, optimizer, topology)
+    reader = CheckpointReader(folder)
+    reader.fill([_available(piece, reader.index) for piece in state.pieces])
+    _set_common(optimizer, read_common(folder), folder)
+
+
+def load_model(chunks: Sequence[CogViewModel], topology: Topology, folder: Path) -> None:
+    """Fill the weights alone.
+
+    Raises:
+        CheckpointError: it was made for another model.
+    """
+    reader = CheckpointReader(folder)
+    reader.fill([_available(piece, reader.index) for piece in model_pieces(chunks, topology)])
+
+
+def _available(piece: Piece, index: Index) -> Piece:
+    """Where a run of another number format finds its values: fp32 copies of weights and weights
+    stand in for each other."""
+    master = f"{OPTIMIZER}.{MASTER}."
+    if piece.key.startswith(master) and piece.key not in index:
+        return replace(piece, key=piece.key.removeprefix(master))
+    is_weight = not piece.key.startswith(OPTIMIZER)
+    if is_weight and piece.data.dtype == torch.float32 and master + piece.key in index:
+        return replace(piece, key=master + piece.key)
+    return piece
+
+
+def _weights(chunks: Sequence[CogViewModel], topology: Topology) -> Iterator[_Weight]:
+    """Every parameter of this rank; one that several hold alike is written by the first of them."""
+    for chunk in chunks:
+        for sharded in nested_values(_described(chunk, topology)):
+            if not isinstance(sharded, ShardedTensor):
+                continue
+            assert isinstance(sharded.data, torch.nn.Parameter), sharded.key
+            box = Box(tuple(sharded.global_offset), _box_sizes(sharded))
+            piece = Piece(
+                key=sharded.key,
+                shape=tuple(sharded.global_shape),
+                box=box,
+                data=sharded.data.data.view(box.sizes),
+                is_written=not any(sharded.replica_id),
+            )
+            # The last number counts data replicas.
+            yield _Weight(sharded.data, piece, not any(sharded.replica_id[:-1]))
+
+
+def _box_sizes(sharded: ShardedTensor) -> tuple[int, ...]:
+    """Layers stand one after the other along axes that a layer's own tensor does not have."""
+    return (1,) * sharded.prepend_axis_num + tuple(sharded.local_shape)
+
+
+def _described(chunk: CogViewModel, topology: Topology) -> dict[str, Any]:
+    described: dict[str, Any] = chunk.sharded_state_dict(
+        metadata={"dp_cp_group": topology.data_group}
+    )
+    return described
+
+
+def _empty_objects(chunks: Sequence[CogViewModel], topology: Topology) -> list[str]:
+    """megatron-core's layers have an extra state each, which is empty without its accelerators."""
+    keys = []
+    for chunk in chunks:
+        for each in nested_values(_described(chunk, topology)):
+            if isinstance(each, ShardedObject):
+                assert each.data is None, f"{each.key}: an extra state that is not empty"
+                if not any(each.replica_id):
+                    keys.append(each.unique_key)
+    return keys
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    parts: list[Any] = optimizer.chained_optimizers
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _optimizer_pieces(part: Any, weights: dict[torch.nn.Parameter, _Weight]) -> Iterator[Piece]:
+    """Adam's moments, and the fp32 copies of half-precision weights."""
+    if isinstance(part, DistributedOptimizer):
+        for parameter in part.model_param_group_index_map:
+            main = _main_parameter(part, parameter)
+            owned = part._get_model_param_range_map(parameter)["param"]
+            for name, data in _named_states(part, parameter, main):
+                yield from _range_pieces(weights[parameter], name, data, owned.start, owned.end)
+        return
+    for parameter, main in _with_main_parameters(part):
+        weight = weights[parameter].piece
+        for name, data in _named_states(part, parameter, main):
+            yield replace(
+                weight, key=f"{OPTIMIZER}.{name}.{weight.key}", data=data.view(weight.box.sizes)
+            )
+
+
+def _main_parameter(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What a distributed optimizer updates for a parameter."""
+    group, order = part.model_param_group_index_map[parameter]
+    main: torch.Tensor = part.optimizer.param_groups[group]["params"][order]
+    return main
+
+
+def _with_main_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Parameters of the model, each with what a plain optimizer updates for it."""
+    if isinstance(part, FP32Optimizer):
+        for group in part.optimizer.param_groups:
+            yield from ((parameter, parameter) for parameter in group["params"])
+        return
+    for halves, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+        yield from zip(halves, mains, strict=True)
+    for group in part.fp32_from_fp32_groups:
+        yield from ((parameter, parameter) for parameter in group)
+
+
+def _named_states(
+    part: Any, parameter: torch.nn.Parameter, main: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if parameter.dtype != torch.float32:
+        yield MASTER, main.data
+    state = part.optimizer.state[main]
+    for name in MOMENTS:
+        yield name, state[name]
+
+
+def _range_pieces(
+    weight: _Weight, name: str, data: torch.Tensor, start: int, end: int
+) -> Iterator[Piece]:
+    """A range of a flattened parameter, which this replica alone holds, as boxes of the tensor."""
+    whole, at = weight.piece, 0
+    flat = data.view(-1)
+    for box in boxes_of_range(start, end, whole.box.sizes):
+        yield Piece(
+            key=f"{OPTIMIZER}.{name}.{whole.key}",
+            shape=whole.shape,
+            box=box.moved(whole.box.offsets),
+            data=flat[at : at + box.numel].view(box.sizes),
+            is_written=weight.is_first_copy,
+        )
+        at += box.numel
+
+
+def _common(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Adam's count of steps, and an fp16 loss scale with its counters."""
+    values: dict[str, Any] = {}
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                values["adam_step"] = int(state["step"])
+                break
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                values["adam_step"] = int(group["step"])
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None:
+            about = scaler.state_dict()
+            values["loss_scale"] = {**about, "scale": float(about["scale"])}
+    return values
+
+
+def _set_common(optimizer: MegatronOptimizer, values: dict[str, Any], folder: Path) -> None:
     try:
-        found: dict[str, Any] = dist_checkpointing.load(wanted, str(directory))
-        return found
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory}: does not fit this model: {error}") from error
-
-
-def load_model(chunks: Sequence[CogViewModel], found: dict[str, Any]) -> None:
-    """Put loaded weights into the model."""
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(found[_chunk_key(i, len(chunks))])
+        step = int(values["adam_step"])
+        scale = values.get("loss_scale")
+        for part in _parts(optimizer):
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(step)
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = step
+            scaler = getattr(part, "grad_scaler", None)
+            if scaler is not None and scale is not None:
+                tensor = torch.full_like(scaler.state_dict()["scale"], float(scale["scale"]))
+                scaler.load_state_dict({**scale, "scale": tensor})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its common.json lacks {error}") from error

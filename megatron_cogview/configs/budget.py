@@ -10,8 +10,9 @@ buckets, fragmentation.  This module knows formulas only; it sees no tensor and 
 from dataclasses import dataclass, replace
 
 from megatron_cogview.configs.errors import ConfigError
+from megatron_cogview.configs.layout import Layout, failure
 from megatron_cogview.configs.model import ModelConfig
-from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.configs.parallel import ParallelConfig, Recompute
 from megatron_cogview.configs.run import RunConfig
 
 GPUS_PER_NODE = 8
@@ -121,6 +122,23 @@ def layer_activation_bytes(config: RunConfig) -> int:
     return linear + _attention_bytes(config, tokens, w)
 
 
+def kept_layer_bytes(config: RunConfig) -> int:
+    """What is left of :func:`layer_activation_bytes` under the run's recomputation.
+
+    ``selective`` gives up what attention keeps beside q, k, v and its output, where it writes its
+    scores out; ``full`` keeps a layer's input only.
+    """
+    m, p = config.model, config.parallel
+    w = compute_bytes(config)
+    tokens = config.sequence.model_length * config.training.micro_batch_size
+    if p.recompute == "full":
+        return w * tokens * m.hidden_size // (p.tensor if p.sequence else 1)
+    layer = layer_activation_bytes(config)
+    if p.recompute == "selective" and m.attention.is_written_out:
+        return layer - _attention_bytes(config, tokens, w)
+    return layer
+
+
 def _attention_bytes(config: RunConfig, tokens: int, w: int) -> int:
     """Kept beside q, k, v and the output: the scores, or a fused kernel's row sums."""
     m = config.model
@@ -155,9 +173,11 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> int:
     )
     in_flight = chunks_in_flight(p, stage, micro_batches)
     layers = in_flight * (m.num_layers // (p.pipeline * p.virtual_pipeline))
-    layer = layer_activation_bytes(config)
-    # Recomputation keeps each layer's input and, while one layer runs again, all of that layer.
-    total = layers * w * hidden + layer if p.recompute else layers * layer
+    kept = kept_layer_bytes(config)
+    # Of the one layer whose backward pass runs, what was given up is there again; after ``full``
+    # that is a second copy of the layer's input too.
+    again = layer_activation_bytes(config) - (0 if p.recompute == "full" else kept)
+    total = layers * kept + again
     if stage == 0 and m.hidden_dropout:
         total += min(p.pipeline, micro_batches) * hidden  # mask of the embedding's dropout
     if stage == p.pipeline - 1:
@@ -253,20 +273,20 @@ def _layouts(config: RunConfig, gpus: int) -> list[ParallelConfig]:
             pipeline=pipeline,
             sequence=tensor > 1 and config.sequence.model_length % tensor == 0,
             distributed_optimizer=gpus > tensor * pipeline,
+            overlap_gradients=config.parallel.overlap_gradients,
+            overlap_parameters=config.parallel.overlap_parameters and gpus > tensor * pipeline,
             recompute=config.parallel.recompute,
         )
-        try:
-            replace(config, parallel=layout).check_layout(gpus)
-        except ConfigError:
-            continue
-        layouts.append(layout)
+        if failure(Layout.of(replace(config, parallel=layout), gpus)) is None:
+            layouts.append(layout)
     return layouts
 
 
 def choose_layout(config: RunConfig, gpus: int, gpu_bytes: int) -> ParallelConfig:
     """The smallest model-parallel layout whose processes fit; ``.data(gpus)`` is its data axis.
 
-    Only if none fits does it try again with recomputation, which costs a third more arithmetic.
+    Only if none fits does it try again with more recomputation: ``selective`` where that saves
+    anything, and then ``full``, which costs a third more arithmetic.
 
     Raises:
         ConfigError: no layout is legal on so many GPUs, or none fits.
@@ -279,11 +299,18 @@ def choose_layout(config: RunConfig, gpus: int, gpu_bytes: int) -> ParallelConfi
             f"{config.training.global_batch_size} (micro-batches of "
             f"{config.training.micro_batch_size}) uses all of them; try another number"
         )
-    for layout in (*legal, *(replace(layout, recompute=True) for layout in legal)):
-        if fits(replace(config, parallel=layout), gpus, gpu_bytes):
-            return layout
+    own = config.parallel.recompute
+    steps: list[Recompute] = ["none", "selective", "full"]
+    for recompute in steps[steps.index(own) :]:
+        if recompute == "selective" != own and not config.model.attention.is_written_out:
+            continue
+        for layout in (replace(layout, recompute=recompute) for layout in legal):
+            if fits(replace(config, parallel=layout), gpus, gpu_bytes):
+                return layout
     least = min(
-        largest_budget(replace(config, parallel=replace(layout, recompute=True)), gpus).total_bytes
+        largest_budget(
+            replace(config, parallel=replace(layout, recompute="full")), gpus
+        ).total_bytes
         for layout in legal
     )
     raise ConfigError(

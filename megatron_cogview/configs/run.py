@@ -11,6 +11,7 @@ from megatron_cogview.configs.errors import refuse
 from megatron_cogview.configs.from_json import build
 from megatron_cogview.configs.generation import GenerationConfig
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
+from megatron_cogview.configs.layout import DIVISION, Layout, require_legal
 from megatron_cogview.configs.model import ModelConfig
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.parallel import ParallelConfig
@@ -86,48 +87,17 @@ class RunConfig:
         """Refuse a parallel layout that this model cannot be split into.
 
         Raises:
-            ConfigError: naming field, value and reason.
+            ConfigError: naming field, value, reason and the nearest legal values.
         """
-        p = self.parallel
-        data = p.data(world_size)
-        self.check_division()
-        if p.sequence and self.sequence.model_length % p.tensor:
-            raise refuse(
-                "parallel.sequence",
-                True,
-                f"parallel.tensor = {p.tensor} does not divide the model length "
-                f"{self.sequence.model_length}",
-            )
-        micro_batches = self.training.num_micro_batches(data)
-        if p.virtual_pipeline > 1 and micro_batches % p.pipeline:
-            raise refuse(
-                "parallel.virtual_pipeline",
-                p.virtual_pipeline,
-                f"the interleaved schedule needs micro-batches per step ({micro_batches}) to be a "
-                f"multiple of parallel.pipeline = {p.pipeline}",
-            )
+        require_legal(Layout.of(self, world_size))
 
     def check_division(self) -> None:
         """Refuse a layout that does not divide heads, widths and layers evenly.
 
         Raises:
-            ConfigError: naming field, value and reason.
+            ConfigError: naming field, value, reason and the nearest legal values.
         """
-        p, m = self.parallel, self.model
-        for what, value in (
-            ("model.num_heads", m.num_heads),
-            ("model.hidden_size", m.hidden_size),
-            ("model.vocab.padded_size", m.vocab.padded_size),
-        ):
-            if value % p.tensor:
-                raise refuse("parallel.tensor", p.tensor, f"does not divide {what} = {value}")
-        chunks = p.pipeline * p.virtual_pipeline
-        if m.num_layers % chunks:
-            raise refuse(
-                "parallel.pipeline * parallel.virtual_pipeline",
-                chunks,
-                f"does not divide model.num_layers = {m.num_layers}",
-            )
+        require_legal(Layout.of(self, self.parallel.model_ranks), DIVISION)
 
     def to_json(self) -> str:
         """All values, readable and in a fixed order."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_cogview.configs.errors import refuse
+from megatron_cogview.configs.nearest import advice, nearest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +78,16 @@ class TrainingConfig:
         Raises:
             ConfigError: the global batch does not divide evenly.
         """
-        per_pass = self.micro_batch_size * data_parallel
-        if self.global_batch_size % per_pass:
+        total, size = self.global_batch_size, self.micro_batch_size
+        per_pass = size * data_parallel
+        if total % per_pass:
+            totals = nearest(total, lambda n: n % per_pass == 0, total + per_pass)
+            sizes = nearest(size, lambda n: total % (n * data_parallel) == 0, total)
+            others = {"training.micro_batch_size": sizes} if sizes else {}
             raise refuse(
                 "training.global_batch_size",
-                self.global_batch_size,
+                total,
                 f"must be a multiple of training.micro_batch_size x data-parallel size = "
-                f"{self.micro_batch_size} x {data_parallel} = {per_pass}",
+                f"{size} x {data_parallel} = {per_pass}; {advice(totals, others)}",
             )
-        return self.global_batch_size // per_pass
+        return total // per_pass

@@ -14,18 +14,21 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cogview.checkpoint import sharded
+from megatron_cogview.checkpoint.snapshot import ShardedState
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.batch import Batch
-from megatron_cogview.engines.base import StepResult
+from megatron_cogview.engines.base import StepObserver, StepResult
 from megatron_cogview.engines.optimizer import (
     apply_settings,
     build_optimizer,
     create_adam_state,
     set_lr,
 )
+from megatron_cogview.engines.update import update_weights
 from megatron_cogview.model.cogview import CogViewModel, build_model
 from megatron_cogview.model.loss import SUMS, Losses, loss_sums
 from megatron_cogview.model.precision import in_precision, resolve_dtype
+from megatron_cogview.parallel import agreement
 from megatron_cogview.parallel.topology import Topology
 
 
@@ -44,15 +47,19 @@ class MegatronEngine:
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
+        self.observer = StepObserver()
         self.dtype = resolve_dtype(config.precision)
         self.chunks: list[CogViewModel] = build_model(config)
         self.settings = self.chunks[0].config
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         for chunk in self.model:
             chunk.broadcast_params()
+        self._pulse = torch.zeros(1, device=topology.device)
         self.optimizer = build_optimizer(config, self.model, self.dtype)
+        # There from the start, so that a run whose first steps are refused can be saved.
+        create_adam_state(self.optimizer)
         self.settings.grad_scale_func = self.optimizer.scale_loss
-        self.settings.finalize_model_grads_func = finalize_model_grads
+        self.settings.finalize_model_grads_func = self._finalize_gradients
 
     def _wrap(self, chunk: CogViewModel) -> DistributedDataParallel:
         module = in_precision(self.settings, chunk.to(self.topology.device), self.dtype)
@@ -69,14 +76,31 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(micro_batches, forward_only=False)
+        self.observer.entered("update")
         set_lr(self.optimizer, lr)
-        updated, grad_norm, _ = self.optimizer.step()
+        updated, grad_norm = update_weights(
+            self.optimizer, self.config.optimizer.clip_grad, losses.total, self._anyone
+        )
         return StepResult(
             losses=losses,
-            updated=bool(updated),
-            grad_norm=float("nan") if grad_norm is None else float(grad_norm),
+            updated=updated,
+            grad_norm=grad_norm,
             loss_scale=float(self.optimizer.get_loss_scale().item()),
         )
+
+    def _finalize_gradients(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
+        """Add up gradients over replicas, and those of norms and of the tied table."""
+        self.observer.entered("gradients")
+        if self.topology.data_size > 1:
+            # Who comes late to the sum is seen here, before the time that the sum itself takes.
+            with self.observer.waiting():
+                dist.all_reduce(self._pulse, group=self.topology.data_group)
+        finalize_model_grads(model, *args, **kwargs)
+
+    def _anyone(self, mine: bool) -> bool:
+        """Whether any rank says yes."""
+        with self.observer.waiting():
+            return agreement.largest([float(mine)], self.topology)[0] > 0
 
     def eval_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
@@ -87,6 +111,7 @@ class MegatronEngine:
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> Losses:
         """All micro-batches through the pipeline schedule; the losses are the global batch's."""
+        self.observer.entered("forward")
         batches = [batch.to(self.topology.device) for batch in micro_batches]
         total_weight = sum(
             (batch.loss_weights_BS.double().sum() for batch in batches),
@@ -133,19 +158,11 @@ class MegatronEngine:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
         return Losses.from_sums(sums)
 
-    def save(self, directory: Path) -> None:
+    def sharded_state(self) -> ShardedState:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
-        sharded.save(
-            sharded.model_and_optimizer(self.chunks, self.optimizer, self.topology), directory
-        )
+        return sharded.sharded_state(self.chunks, self.optimizer, self.topology)
 
     def load(self, directory: Path) -> None:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
-        create_adam_state(self.optimizer)
-        wanted = sharded.model_and_optimizer(
-            self.chunks, self.optimizer, self.topology, is_loading=True
-        )
-        found = sharded.load(wanted, directory)
-        sharded.load_model(self.chunks, found)
-        self.optimizer.load_state_dict(found["optimizer"])
+        sharded.load(self.chunks, self.optimizer, self.topology, directory)
         apply_settings(self.optimizer, self.config.optimizer)

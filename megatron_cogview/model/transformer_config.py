@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cogview.configs.model import AttentionConfig, NormConfig
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.kernels.pb_relax_attention.reference import fused_is_safe
 from megatron_cogview.model.precision import resolve_dtype
 
 gelu_tanh: Callable[[torch.Tensor], torch.Tensor] = partial(F.gelu, approximate="tanh")
@@ -38,11 +39,6 @@ def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
     with_cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline > 1
     dtype = resolve_dtype(config.precision)
-    settings: dict[str, Any] = {}
-    if parallel.recompute:
-        settings.update(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
     return CogViewTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -75,5 +71,32 @@ def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
         cogview_attention=model.attention,
         embedding_gradient_scale=model.embedding_gradient_scale,
         sequence_length=config.sequence.model_length,
-        **settings,
+        **_recompute_settings(config, dtype),
     )
+
+
+def _recompute_settings(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What the backward pass computes again.
+
+    ``selective`` is the attention core alone, and only where it keeps its scores: there it gives up
+    most of a layer's memory for a few percent of arithmetic, while a fused kernel keeps nothing
+    worth the second run.  Of megatron-core's other modules the MLP would save less than half of a
+    layer for two thirds of what ``full`` costs, and the norms need TransformerEngine in 0.16.1.
+    """
+    if config.parallel.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if config.parallel.recompute == "none" or not _keeps_scores(config, dtype):
+        return {}
+    return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+
+
+def _keeps_scores(config: RunConfig, dtype: torch.dtype) -> bool:
+    """Whether attention is written out here, as ``CogViewCoreAttention`` decides it."""
+    model = config.model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fused = fused_is_safe(dtype, device, model.attention_dropout)
+    return model.attention.is_written_out or not fused

@@ -109,7 +109,7 @@ def load_model(
     check_belongs(directory, manifest["state"], config, fingerprints)
     seed_initialization(config.training.seed, groups)
     chunks = build_model(config)
-    sharded.load_model(chunks, sharded.load(sharded.model_only(chunks, groups), directory))
+    sharded.load_model(chunks, groups, directory)
     dtype = resolve_dtype(config.precision)
     model = in_precision(chunks[0].config, chunks[0].to(groups.device), dtype)
     logger.info("loaded %s", directory)

@@ -48,7 +48,7 @@ def run(
             "gpu_memory_gib",
             gpu_memory_gib,
             f"pipeline stage {largest.stage} needs {largest.total_bytes / GIB:.1f} GiB, more than "
-            f"{USABLE_FRACTION:.0%} of it; set parallel.recompute, or raise parallel.tensor or "
+            f"{USABLE_FRACTION:.0%} of it; raise parallel.recompute, parallel.tensor or "
             f"parallel.pipeline",
         )
 
@@ -71,7 +71,8 @@ def _layout_lines(config: RunConfig, gpus: int) -> list[str]:
     switches = {
         "sequence parallel": p.sequence,
         "distributed optimizer": p.distributed_optimizer,
-        "recompute": p.recompute,
+        "overlap of gradients": p.overlap_gradients,
+        "overlap of parameters": p.overlap_parameters,
     }
     micro_batches = t.num_micro_batches(data)
     dtype = config.precision.dtype
@@ -84,6 +85,7 @@ def _layout_lines(config: RunConfig, gpus: int) -> list[str]:
         f"{' (precision.dtype = auto on a GPU)' if dtype == 'auto' else ''}",
         _row("layout", f"{gpus} GPUs = tensor {p.tensor} x {stages} x data {data}"),
         *(_row(name, "on" if value else "off") for name, value in switches.items()),
+        _row("recompute", p.recompute),
         _row(
             "batch",
             f"{t.global_batch_size} sequences = micro-batches {micro_batches} x "

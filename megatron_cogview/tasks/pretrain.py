@@ -7,23 +7,32 @@ from pathlib import Path
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import build_loader
 from megatron_cogview.parallel import topology
+from megatron_cogview.parallel.determinism import make_deterministic
 from megatron_cogview.parallel.seeding import seed_initialization
 from megatron_cogview.storage.atomic import locked_directory
 from megatron_cogview.tokenization.layout import SequenceLayout
+from megatron_cogview.training.signals import StopRequest, stopped
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig) -> int:
     """Train, from the run folder's newest checkpoint if it has one.
+
+    Returns:
+        The exit code: 0 at the end of the run, :func:`~megatron_cogview.training.signals.stopped`'s
+        when somebody asked it to stop and it was saved.
 
     Raises:
         ConfigError: an impossible layout.
         DataError: missing or damaged shards, or another process trains in the same folder.
-        CheckpointError: the run folder belongs to another run.
-        TrainingError: a loss or gradient that is not finite.
+        CheckpointError: the run folder belongs to another run, or the last checkpoint could not be
+            written.
+        TrainingError: it went wrong again and again.
     """
-    with topology.running(config.parallel) as groups:
+    if config.training.deterministic:
+        make_deterministic()
+    with StopRequest() as stop, topology.running(config.parallel) as groups:
         config.check_layout(groups.world_size)
         layout = SequenceLayout(config.sequence, config.model.vocab)
         loader = build_loader(
@@ -31,6 +40,7 @@ def run(config: RunConfig) -> None:
         )
         # megatron-core may be imported only now that the CPU backend is in place.
         from megatron_cogview.engines.megatron import MegatronEngine
+        from megatron_cogview.model.watch import ActivationWatch
         from megatron_cogview.training.trainer import Trainer
 
         seed_initialization(config.training.seed, groups)
@@ -51,4 +61,7 @@ def run(config: RunConfig) -> None:
             tokenizers = loader.dataset.sets[0].manifest["tokenizers"]
             fingerprints = {kind: tokenizers[kind]["fingerprint"] for kind in ("text", "image")}
             fingerprints["data"] = loader.dataset.fingerprint
-            Trainer(config, groups, engine, loader, fingerprints).run()
+            watch = ActivationWatch(engine.chunks, config)
+            trainer = Trainer(config, groups, engine, loader, fingerprints, stop, watch)
+            ended = trainer.run()
+    return 0 if ended else stopped(stop, groups.is_main)

@@ -10,6 +10,8 @@ from megatron_cogview.engines.megatron import MegatronEngine
 from megatron_cogview.testing.oracle import Weights
 
 TIED = "embedding.word_embeddings.weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state, as torch names it."""
 
 
 def named_parameters(engine: MegatronEngine) -> Iterator[tuple[str, Any]]:
@@ -36,39 +38,116 @@ def load_weights(engine: MegatronEngine, weights: Weights) -> None:
     engine.optimizer.reload_model_params()
 
 
-def gather(engine: MegatronEngine, read: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+def gather(
+    engine: MegatronEngine, read: Callable[[Any], torch.Tensor], over_data: bool = False
+) -> dict[str, torch.Tensor]:
     """Whole tensors of all stages, on every rank, in fp64 on the CPU.
 
     Both copies of the tied table must agree, and so must all replicas of unsharded parameters.
+
+    Args:
+        engine: all its ranks call this together.
+        read: this rank's tensor of a parameter, of the parameter's size.
+        over_data: each data rank reads its own part and zeros elsewhere.
     """
-    mine: dict[str, torch.Tensor] = {}
-    t = engine.topology
-    for name, parameter in named_parameters(engine):
-        local = read(parameter).detach().contiguous()
-        parts = [torch.empty_like(local) for _ in range(t.tensor_size)]
-        dist.all_gather(parts, local, group=t.tensor_group)
+    t, mine = engine.topology, list(named_parameters(engine))
+    flat = torch.cat([read(parameter).detach().float().flatten() for _, parameter in mine])
+    if over_data:
+        dist.all_reduce(flat, group=t.data_group)
+    parts = [torch.empty_like(flat) for _ in range(t.tensor_size)]
+    dist.all_gather(parts, flat, group=t.tensor_group)
+    sizes = [parameter.numel() for _, parameter in mine]
+    held, complaints = {}, []
+    pieces_of_each = zip(*(part.split(sizes) for part in parts), strict=True)
+    for (name, parameter), pieces in zip(mine, pieces_of_each, strict=True):
+        shaped = [piece.view(parameter.shape) for piece in pieces]
         if getattr(parameter, "tensor_model_parallel", False):
-            mine[name] = torch.cat(parts, parameter.partition_dim).double().cpu()
+            held[name] = torch.cat(shaped, parameter.partition_dim).cpu()
         else:
-            for part in parts:
-                torch.testing.assert_close(part, parts[0], rtol=0, atol=0)
-            mine[name] = local.double().cpu()
-    everyone: list[dict[str, torch.Tensor]] = [{} for _ in range(t.world_size)]
-    dist.all_gather_object(everyone, mine)
+            complaints += [_difference(name, other, shaped[0]) for other in shaped]
+            held[name] = shaped[0].cpu()
+    everyone: list[Any] = [None] * t.world_size
+    # Ranks of one tensor group hold the same whole tensors by now.
+    dist.all_gather_object(everyone, (held if t.tensor_rank == 0 else {}, complaints))
     whole: dict[str, torch.Tensor] = {}
-    for tensors in everyone:
+    for tensors, theirs in everyone:
+        complaints += theirs
         for name, value in tensors.items():
-            if name in whole:
-                torch.testing.assert_close(value, whole[name], rtol=0, atol=0)
-            whole[name] = value
-    return whole
+            complaints.append(_difference(name, value, whole.setdefault(name, value)))
+    # Only now, when all ranks know of it: whoever raised earlier would leave the others waiting.
+    found = sorted({complaint for complaint in complaints if complaint})
+    assert not found, "\n".join(found)
+    return {name: value.double() for name, value in whole.items()}
+
+
+def _difference(name: str, one: torch.Tensor, other: torch.Tensor) -> str | None:
+    if torch.equal(one, other):
+        return None
+    return f"{name}: copies differ by up to {(one - other).abs().max():.2e}"
+
+
+def _optimizer_tensors(engine: MegatronEngine) -> dict[Any, tuple[Any, dict[str, Any], slice]]:
+    """Of each parameter that this rank updates: master weight, Adam state, and which part it is."""
+    found = {}
+    for part in engine.optimizer.chained_optimizers:
+        inner = part.optimizer
+        if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer
+            for parameter, (group, order) in part.model_param_group_index_map.items():
+                master = inner.param_groups[group]["params"][order]
+                own = part._get_model_param_range_map(parameter)["param"]
+                found[parameter] = (master, inner.state[master], slice(own.start, own.end))
+            continue
+        for parameter in part.get_parameters():
+            found[parameter] = (parameter, inner.state[parameter], slice(None))
+    return found
+
+
+def _gather_own_parts(
+    engine: MegatronEngine, read: Callable[[Any, Any, dict[str, Any], slice], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Gather what only the rank holds that updates a part: ``read`` gives that part, flat."""
+    held = _optimizer_tensors(engine)
+    sharded = engine.config.parallel.distributed_optimizer
+
+    def whole(parameter: Any) -> torch.Tensor:
+        # Without the distributed optimizer the optimizer may know the parameter by its master copy.
+        key = parameter if parameter in held else getattr(parameter, "main_param", None)
+        values = torch.zeros(parameter.numel(), device=parameter.device)
+        if key in held:
+            master, state, part = held[key]
+            values[part] = read(parameter, master, state, part).detach().float().flatten()
+        else:
+            assert sharded, "the optimizer does not know a parameter"
+        return values
+
+    return gather(engine, whole, over_data=sharded)
 
 
 def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """Gradients of the last step; clipping must be off, for it scales them in place."""
-    return gather(engine, lambda parameter: parameter.main_grad)
+    """Gradients of the last step; clipping must be off, for it scales them in place.
+
+    The distributed optimizer leaves each data rank with the sums of its own part only.
+    """
+    return _gather_own_parts(
+        engine, lambda parameter, master, state, part: parameter.main_grad.view(-1)[part]
+    )
 
 
 def weights(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """Current weights."""
+    """Current weights, in the precision that the model computes with."""
+    if engine.config.parallel.overlap_parameters:
+        # They are collected during the next forward pass, which may never come.
+        for chunk in engine.model:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
     return gather(engine, lambda parameter: parameter)
+
+
+def master_weights(engine: MegatronEngine) -> dict[str, torch.Tensor]:
+    """The weights that the optimizer keeps in fp32."""
+    return _gather_own_parts(engine, lambda parameter, master, state, part: master)
+
+
+def moments(engine: MegatronEngine, name: str) -> dict[str, torch.Tensor]:
+    """One of Adam's :data:`MOMENTS`."""
+    return _gather_own_parts(engine, lambda parameter, master, state, part: state[name])

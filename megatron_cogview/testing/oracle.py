@@ -116,15 +116,18 @@ class Oracle:
             x = x + (self._norm(branch, f"{prefix}mlp_bda.norm") if sandwich else branch)
         return self._norm(x, "decoder.final_layernorm", is_final=True) @ table.T
 
-    def loss(
+    def token_losses(
         self,
         tokens_BS: torch.Tensor,
         positions_BS: torch.Tensor,
         labels_BS: torch.Tensor,
-        weights_BS: torch.Tensor,
         visible_per_layer: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Weighted mean cross-entropy over the whole batch (P-LOSS-1)."""
+        """Cross-entropy of each label, ``[B, S]``."""
         logits_BSV = self.logits(tokens_BS, positions_BS, visible_per_layer)
-        losses_BS = F.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")
-        return (losses_BS * weights_BS).sum() / weights_BS.sum()
+        return F.cross_entropy(logits_BSV.transpose(1, 2), labels_BS, reduction="none")
+
+
+def weighted_mean(losses_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
+    """Mean over the whole batch (P-LOSS-1)."""
+    return (losses_BS * weights_BS).sum() / weights_BS.sum()

@@ -1,54 +1,51 @@
 """The pretraining loop: batches in, steps of an engine, logs, validation and checkpoints.
 
-It owns time, and no tensors: an engine owns those.
+It owns time, and no tensors: an engine owns those.  A step is a function of its number and the
+weights, so that a run that was interrupted anywhere ends as one that was not.
 """
 
-import dataclasses
+import contextlib
 import logging
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_cogview.checkpoint import commit
-from megatron_cogview.checkpoint.identity import check_belongs
-from megatron_cogview.configs.errors import TrainingError
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import TrainLoader
-from megatron_cogview.engines.base import Engine, StepResult, TrainState
+from megatron_cogview.engines.base import Engine, StepObserver, StepResult
+from megatron_cogview.model.watch import ActivationWatch
+from megatron_cogview.parallel import agreement
 from megatron_cogview.parallel.seeding import seed_step
 from megatron_cogview.parallel.topology import Topology
-from megatron_cogview.storage.atomic import write_text
+from megatron_cogview.training import run_folder
+from megatron_cogview.training.checkpoints import Checkpoints
+from megatron_cogview.training.guards import Guard, Progress, Verdict
 from megatron_cogview.training.metrics import MetricsLog
+from megatron_cogview.training.profiling import profiler
 from megatron_cogview.training.schedule import learning_rate
+from megatron_cogview.training.signals import StopRequest
+from megatron_cogview.training.stragglers import StragglerWatch
+from megatron_cogview.training.throughput import Throughput
+from megatron_cogview.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-
-CONTINUED = (
-    "data.seed",
-    "data.validation_fraction",
-    "data.weights",
-    "training.global_batch_size",
-    "training.seed",
-)
-"""Fields that must stay for a run to go on: they choose a step's records and its dropout."""
+PATIENCE_FACTOR = 4.0
+"""How many times the hang timeout loading and waiting for a disk may take."""
 
 
-def must_stay(config: RunConfig, fingerprints: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Fingerprints and fields that a resumed run must have in common with its checkpoint."""
-    accepted = ("data", "data.weights") if config.data.accept_changes else ()
-    wanted = {kind: value for kind, value in fingerprints.items() if kind not in accepted}
-    return wanted, [field for field in CONTINUED if field not in accepted]
+class _Observer(StepObserver):
+    """Tells watchdog and straggler report where a step stands."""
 
+    def __init__(self, watchdog: Watchdog, stragglers: StragglerWatch) -> None:
+        self.watchdog, self.stragglers = watchdog, stragglers
+        self.step = 0
 
-@dataclass
-class _Interval:
-    """Since the last log line."""
+    def entered(self, phase: str) -> None:
+        self.watchdog.beat(self.step, phase)
 
-    started: float
-    steps: int = 0
+    def waiting(self) -> contextlib.AbstractContextManager[Any]:
+        return self.stragglers.waiting()
 
 
 class Trainer:
@@ -58,8 +55,10 @@ class Trainer:
         config: the run.
         topology: process groups.
         engine: model and optimizer.
-        loader: batches by step number.
+        loader: batches by number.
         fingerprints: SHA-256 of both tokenizers and of the shards, kept in every checkpoint.
+        stop: says when somebody asked this process to stop.
+        watch: records activations; without it there are none to record.
     """
 
     def __init__(
@@ -69,63 +68,181 @@ class Trainer:
         engine: Engine,
         loader: TrainLoader,
         fingerprints: dict[str, str],
+        stop: StopRequest,
+        watch: ActivationWatch | None = None,
     ) -> None:
-        self.config, self.topology, self.engine = config, topology, engine
-        self.loader, self.fingerprints = loader, fingerprints
+        self.config, self.topology, self.engine, self.loader = config, topology, engine, loader
+        self.stop, self.watch = stop, watch
         self.folder = Path(config.training.output)
+        self.checkpoints = Checkpoints(config, topology, engine, fingerprints)
+        self.progress = Progress()
 
-    def run(self) -> None:
-        """Train to the last step; every step depends on its number and the weights alone.
+    def run(self) -> bool:
+        """Train to the last step, or until a rank is asked to stop.
+
+        Returns:
+            Whether the last step is done; otherwise it was asked to stop, and has saved.
 
         Raises:
-            CheckpointError: the folder's checkpoints belong to another run.
-            TrainingError: a loss or gradient that is not finite.
+            CheckpointError: the folder's checkpoints belong to another run, or the last one could
+                not be written.
+            TrainingError: it went back too often, or has nothing to go back to.
         """
-        training = self.config.training
-        start = self._resume()
-        if self.topology.is_main:
-            # Only now is it known that the folder is this run's.
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.json", self.config.to_json())
-        with MetricsLog(
-            self.folder, start, training.steps, self.topology.is_main, "pretrain"
-        ) as log:
-            interval = _Interval(time.perf_counter())
-            for step in range(start, training.steps):
-                result = self._step(step)
-                done = step + 1
-                interval.steps += 1
-                log.advance()
-                last = done == training.steps
-                if done % training.log_every == 0 or done == start + 1 or last:
-                    log.write(done, self._numbers(step, result, interval))
-                    interval = _Interval(time.perf_counter())
-                if training.validate_every and (done % training.validate_every == 0 or last):
-                    log.write(done, self._validate())
-                    interval = _Interval(time.perf_counter())
-                if done % training.save_every == 0 or last:
-                    self._save(done)
-                    interval = _Interval(time.perf_counter())
+        total = self.config.training.steps
+        start, self.progress = self.checkpoints.resume()
+        # Only now is it known that the folder is this run's.
+        run_folder.write(self.folder, self.config, self.topology)
+        survival = self.config.survival
+        with contextlib.ExitStack() as held:
+            self.watchdog = held.enter_context(
+                Watchdog(self.topology, survival.hang_timeout_seconds, self.folder)
+            )
+            self.stragglers = StragglerWatch(self.topology, survival.straggler_factor)
+            self.observer = _Observer(self.watchdog, self.stragglers)
+            self.engine.observer = self.observer
+            self.log = held.enter_context(self._new_log(start))
+            self.profile = held.enter_context(profiler(self.config, self.topology, self.folder))
+            self.throughput = Throughput(self.config, self.topology, total, start)
+            self.guard = Guard(survival, self.config.precision, self.progress)
+            step, stopping = start, self._agree()
+            while step < total and not stopping:
+                step, stopping = self._advance(step, first=step == start)
+            self._finish(step, saved=step > start)
+        return step == total
 
-    def _step(self, step: int) -> StepResult:
+    def _new_log(self, start: int) -> MetricsLog:
+        training = self.config.training
+        return MetricsLog(self.folder, start, training.steps, self.topology.is_main, "pretrain")
+
+    def _advance(self, step: int, first: bool) -> tuple[int, bool]:
+        """One step and what falls due after it.
+
+        Returns:
+            The next step, and whether to stop before it.
+        """
+        training, done = self.config.training, step + 1
+        result = self._step(step)
+        if result is not None and not self._judge(step, result):
+            return self._go_back(step), False
+        self.log.advance()
+        self.profile.step()
+        last = done == training.steps
+        if result is not None and (done % training.log_every == 0 or first or last):
+            self.log.write(done, self._numbers(step, result))
+            self._report_stragglers(done)
+        stopping = self._agree()
+        if training.validate_every and (done % training.validate_every == 0 or last):
+            # Whoever asks to stop may not wait for long.
+            if not stopping or last:
+                self.log.write(done, self._validate())
+        if stopping or self.checkpoints.is_due(done):
+            self._save(done)
+        return done, stopping
+
+    def _step(self, step: int) -> StepResult | None:
+        """Train on the batch of this step; None when the step is to be left out."""
+        self.observer.step = step + 1
+        self.observer.entered("data")
+        if step + 1 in self.config.survival.skip_steps:
+            self.log.event(step + 1, "skipped", "left out as survival.skip_steps says")
+            self.throughput.leave_out()
+            return None
+        started = time.perf_counter()
         seed_step(self.config.training.seed, step, self.topology)
         lr = learning_rate(self.config.optimizer, step, self.config.training.steps)
-        result = self.engine.train_step(self.loader.micro_batches(step), lr)
-        # fp16 refuses such a step by itself; elsewhere the weights are spoilt, and saving them
-        # would push the last good checkpoint out.
-        if result.updated and not (
-            math.isfinite(result.losses.total) and math.isfinite(result.grad_norm)
-        ):
-            raise TrainingError(
-                f"step {step + 1}: loss {result.losses.total}, gradient norm {result.grad_norm}; "
-                f"it was not saved, and what {self.folder / CHECKPOINTS} holds is older.  Lower "
-                "optimizer.lr, or set model.norm.relax_scope all"
-            )
+        batches = self.loader.micro_batches(self.progress.batch(step))
+        every = self.config.training.log_activations_every
+        watch = self.watch if every and (step + 1) % every == 0 else None
+        if watch is not None:
+            watch.arm()
+        result = self.engine.train_step(batches, lr)
+        if watch is not None:
+            self.log.write(step + 1, watch.read())
+        self.stragglers.step_done(time.perf_counter() - started)
         return result
 
-    def _numbers(self, step: int, result: StepResult, interval: _Interval) -> dict[str, float]:
-        seconds = time.perf_counter() - interval.started
-        tokens = self.config.training.global_batch_size * self.config.sequence.model_length
+    def _judge(self, step: int, result: StepResult) -> bool:
+        """Tell of a step that went wrong; False when the run must go back."""
+        verdict = self.guard.judge(step, result)
+        if verdict is not Verdict.GOOD:
+            self.log.event(
+                step + 1,
+                verdict.value,
+                f"batch {self.progress.batch(step)}: loss {result.losses.total:.4g}, gradient norm "
+                f"{result.grad_norm:.4g}, loss scale {result.loss_scale:g}, "
+                f"{'weights moved' if result.updated else 'nothing changed'}; "
+                f"{self.progress.bad_steps} bad steps so far",
+            )
+        return verdict is not Verdict.GO_BACK
+
+    def _go_back(self, step: int) -> int:
+        """Return to the last checkpoint before things went wrong, and leave their batches out."""
+        first = self.progress.streak_start
+        assert first is not None
+        batches = (self.progress.batch(first), self.progress.batch(step))
+        with self._patient():
+            again, found = self.checkpoints.go_back(first)
+        self.progress = self.guard.after_going_back(found, first, step)
+        self.guard = Guard(self.config.survival, self.config.precision, self.progress)
+        self.log.event(
+            step + 1,
+            "rollback",
+            f"back to step {again}; batches {batches[0]} to {batches[1]} are left out from now on "
+            f"(rollback {self.progress.rollbacks} of {self.config.survival.max_rollbacks})",
+        )
+        self.log.rewind(again)
+        self.throughput = Throughput(
+            self.config, self.topology, self.config.training.steps, again
+        )
+        return again
+
+    def _patient(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what may take longer than a step."""
+        return self.watchdog.allow(PATIENCE_FACTOR * self.config.survival.hang_timeout_seconds)
+
+    def _agree(self) -> bool:
+        """Whether any rank was asked to stop; ends a save that all ranks have written."""
+        with self.observer.waiting():
+            stop, writing = agreement.largest(
+                [float(self.stop.requested), float(self.checkpoints.is_writing)], self.topology
+            )
+        if not writing:
+            self._tell_of_save(self.checkpoints.commit_written)
+        return bool(stop)
+
+    def _save(self, step: int) -> None:
+        """Start to write a checkpoint."""
+        self.observer.entered("save")
+        self.loader.settle()
+        with self._patient(), self.throughput.pause():
+            self._tell_of_save(self.checkpoints.finish)
+            self._tell_of_save(lambda: self.checkpoints.begin(step, self.progress))
+
+    def _tell_of_save(self, act: Any) -> None:
+        """Do something that may end a save, and tell how it ended."""
+        saved, failed = self.checkpoints.saved_step, self.checkpoints.saver.failures
+        act()
+        if self.checkpoints.saver.failures > failed:
+            self.log.event(
+                self.observer.step,
+                "save failed",
+                f"{self.checkpoints.saver.last_error}; the checkpoints that were there are whole, "
+                "training goes on, and it is tried again soon",
+            )
+        elif self.checkpoints.saved_step != saved:
+            self.log.event(
+                self.observer.step, "saved", f"checkpoint of step {self.checkpoints.saved_step}"
+            )
+
+    def _finish(self, step: int, saved: bool) -> None:
+        """Wait for the last checkpoint, if there is one to wait for."""
+        self.observer.entered("save")
+        with self._patient():
+            self._tell_of_save(self.checkpoints.finish)
+        if saved:
+            self.checkpoints.must_have(step)
+
+    def _numbers(self, step: int, result: StepResult) -> dict[str, float]:
         return {
             "loss": result.losses.total,
             "text_loss": result.losses.text,
@@ -133,48 +250,26 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": learning_rate(self.config.optimizer, step, self.config.training.steps),
             "loss_scale": result.loss_scale,
-            "tokens_per_second": tokens * interval.steps / seconds,
+            "bad_steps": float(self.progress.bad_steps),
+            **self.throughput.lap(step + 1),
         }
+
+    def _report_stragglers(self, step: int) -> None:
+        for slow in self.stragglers.report():
+            self.log.event(step, "straggler", str(slow))
 
     def _validate(self) -> dict[str, float]:
         """Losses on held-out records; nothing when there are none."""
         count = min(self.config.training.validation_batches, self.loader.num_validation_batches)
         if count == 0:
             return {}
-        # In one call: the engine divides by the weights of all of them, padding rows included.
-        micro_batches = [b for i in range(count) for b in self.loader.validation(i)]
-        losses = self.engine.eval_step(micro_batches).losses
+        self.observer.entered("validate")
+        with self._patient(), self.throughput.pause():
+            # In one call: the engine divides by the weights of all of them, padding rows included.
+            micro_batches = [b for i in range(count) for b in self.loader.validation(i)]
+            losses = self.engine.eval_step(micro_batches).losses
         return {
             "validation_loss": losses.total,
             "validation_text_loss": losses.text,
             "validation_image_loss": losses.image,
         }
-
-    def _save(self, step: int) -> None:
-        state = TrainState(run=self.config.to_dict(), fingerprints=self.fingerprints)
-        root = self.folder / CHECKPOINTS
-        self.loader.settle()
-        keep = self.config.training.keep_checkpoints
-        with commit.committing(root, step, dataclasses.asdict(state), keep) as directory:
-            self.engine.save(directory)
-
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint of this run's folder.
-
-        Returns:
-            The number of completed steps.
-
-        Raises:
-            CheckpointError: it belongs to another model or other tokenizers, naming what differs.
-        """
-        found = commit.newest_valid(self.folder / CHECKPOINTS)
-        if found is None:
-            return 0
-        directory, manifest = found
-        wanted, continued = must_stay(self.config, self.fingerprints)
-        check_belongs(directory, manifest["state"], self.config, wanted, continued)
-        self.engine.load(directory)
-        step = int(manifest["step"])
-        if self.topology.is_main:
-            logger.info("resumed from %s", directory)
-        return step

@@ -1,7 +1,6 @@
 """What the ranks of the multi-process tests run.  Results are JSON values; rank 0's are judged."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,38 +43,44 @@ MODELS = {
         norm=NormConfig(relax_rule="tensor_max_over_8", relax_scope="all")
     ),
     "pre": small_model(norm=NormConfig(placement="pre", relax_scope="all")),
+    "deep": small_model(num_layers=8),
 }
 
 
-def run_config(model: str, parallel: ParallelConfig, micro_batch: int, **changes: Any) -> RunConfig:
-    """A run of the small model."""
+def run_config(
+    model: str,
+    parallel: ParallelConfig,
+    micro_batch: int,
+    global_batch: int = GLOBAL_BATCH,
+    **changes: Any,
+) -> RunConfig:
+    """A run of a small model in fp32; ``changes`` replace whole parts of it."""
     base = tiny()
-    return replace(
-        base,
-        model=MODELS[model],
-        sequence=replace(base.sequence, length=LENGTH + 1, codes_per_side=(3,), text_budget=9),
-        image_tokenizer=replace(
+    values: dict[str, Any] = {
+        "model": MODELS[model],
+        "sequence": replace(base.sequence, length=LENGTH + 1, codes_per_side=(3,), text_budget=9),
+        "image_tokenizer": replace(
             base.image_tokenizer, image_size=24, num_codes=VOCAB.num_image_codes
         ),
-        parallel=parallel,
-        precision=PrecisionConfig(dtype="fp32"),
-        optimizer=OptimizerConfig(clip_grad=0.0),
-        training=TrainingConfig(
-            global_batch_size=GLOBAL_BATCH,
+        "parallel": parallel,
+        "precision": PrecisionConfig(dtype="fp32"),
+        "optimizer": OptimizerConfig(clip_grad=0.0),
+        "training": TrainingConfig(
+            global_batch_size=global_batch,
             micro_batch_size=micro_batch,
             text_weight=TEXT_WEIGHT,
             image_weight=IMAGE_WEIGHT,
         ),
-        **changes,
-    )
+    }
+    return replace(base, **(values | changes))
 
 
-def global_batch(step: int) -> Batch:
+def global_batch(step: int, size: int = GLOBAL_BATCH) -> Batch:
     """Random text, then image codes, then padding of different lengths; positions restart."""
     g = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(0, VOCAB.num_image_codes, (GLOBAL_BATCH, LENGTH + 1), generator=g)
-    text = torch.randint(3, 10, (GLOBAL_BATCH, 1), generator=g)
-    padding = torch.randint(0, 7, (GLOBAL_BATCH, 1), generator=g)
+    ids = torch.randint(0, VOCAB.num_image_codes, (size, LENGTH + 1), generator=g)
+    text = torch.randint(3, 10, (size, 1), generator=g)
+    padding = torch.randint(0, 7, (size, 1), generator=g)
     place = torch.arange(LENGTH + 1)[None]
     words = torch.randint(0, VOCAB.num_text_ids, ids.shape, generator=g) + VOCAB.first_text_id
     ids = torch.where(place < text, words, ids)
@@ -87,16 +92,17 @@ def global_batch(step: int) -> Batch:
     return Batch(
         tokens_BS=ids[:, :-1].contiguous(),
         labels_BS=labels,
-        positions_BS=restarted.expand(GLOBAL_BATCH, LENGTH).contiguous(),
+        positions_BS=restarted.expand(size, LENGTH).contiguous(),
         loss_weights_BS=weights.float(),
-        pivot_key_B2=torch.stack([torch.arange(GLOBAL_BATCH) + 8 * step, text[:, 0]], 1),
+        pivot_key_B2=torch.stack([torch.arange(size) + size * step, text[:, 0]], 1),
     )
 
 
 def micro_batches(step: int, config: RunConfig, data_rank: int, data_size: int) -> list[Batch]:
     """This rank's part of :func:`global_batch`."""
-    whole = global_batch(step)
-    per_rank, size = GLOBAL_BATCH // data_size, config.training.micro_batch_size
+    total, size = config.training.global_batch_size, config.training.micro_batch_size
+    whole = global_batch(step, total)
+    per_rank = total // data_size
 
     def part(start: int) -> Batch:
         rows = slice(start, start + size)
@@ -104,46 +110,3 @@ def micro_batches(step: int, config: RunConfig, data_rank: int, data_size: int) 
 
     first = data_rank * per_rank
     return [part(first + i) for i in range(0, per_rank, size)]
-
-
-def parity(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Losses, gradients of the first step and weights after five, for a list of layouts.
-
-    The whole tensors go to ``arguments["folder"]``; one launch serves all layouts of one size.
-    """
-    from safetensors.torch import load_file, save_file
-
-    from megatron_cogview.engines.megatron import MegatronEngine
-    from megatron_cogview.parallel.seeding import seed_initialization
-    from megatron_cogview.parallel.topology import initialize
-    from megatron_cogview.testing import fixtures
-
-    results: dict[str, Any] = {}
-    for name, layout in arguments["layouts"].items():
-        parallel = ParallelConfig(**layout["parallel"])
-        topology = initialize(parallel)
-        config = run_config(layout["model"], parallel, layout["micro_batch"])
-        config.check_layout(topology.world_size)
-        seed_initialization(1, topology)
-        engine = MegatronEngine(config, topology)
-        fixtures.load_weights(
-            engine, load_file(Path(arguments["folder"]) / f"{layout['model']}.safetensors")
-        )
-        steps = []
-        for step in range(STEPS):
-            batches = micro_batches(step, config, topology.data_rank, topology.data_size)
-            result = engine.train_step(batches, LR)
-            losses = result.losses
-            steps.append([losses.total, losses.text, losses.image, result.grad_norm])
-            # The distributed optimizer leaves each rank with its own part of the gradients.
-            if step == 0 and not parallel.distributed_optimizer:
-                gradients = fixtures.gradients(engine)
-        weights = fixtures.weights(engine)
-        batches = micro_batches(STEPS, config, topology.data_rank, topology.data_size)
-        steps.append([engine.eval_step(batches).losses.total])
-        results[name] = steps
-        if topology.rank == 0:
-            if not parallel.distributed_optimizer:
-                save_file(gradients, Path(arguments["folder"]) / f"{name}.gradients.safetensors")
-            save_file(weights, Path(arguments["folder"]) / f"{name}.weights.safetensors")
-    return results

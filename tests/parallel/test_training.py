@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from megatron_cogview.testing.distributed import run_distributed
+from megatron_cogview.testing.toy_run import NUM_RECORDS, write_tokens
 from megatron_cogview.training.metrics import read_metrics
-from tests.parallel.training_cases import NUM_RECORDS, STEPS, write_tokens
+from megatron_cogview.training.throughput import MEASURED
+from tests.parallel.training_cases import STEPS
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
@@ -41,7 +43,7 @@ def test_metrics_of_a_resumed_run_read_as_one_run(
 ) -> None:
     def rows(kind: str) -> list[dict[str, float]]:
         found = read_metrics(folder / f"tp2_sp-{kind}" / "metrics.jsonl")
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
     whole = rows("whole")
     assert rows("killed") == whole
@@ -98,10 +100,44 @@ def test_the_records_are_enough_for_the_run() -> None:
     assert NUM_RECORDS < STEPS * 8
 
 
-def test_nan_stops_the_run_unsaved_and_new_optimizer_settings_hold(folder: Path) -> None:
-    target = "tests.parallel.training_cases:spoilt"
+def test_new_optimizer_settings_hold_in_a_resumed_run(folder: Path) -> None:
+    target = "tests.parallel.training_cases:settings"
     for result in run_distributed(target, 2, {"folder": str(folder)}, 150):
         assert result["start"] == 2
         assert sorted(result["groups"]) == [[0.0, 0.9, 1e-3], [0.5, 0.9, 1e-3]]
-        assert result["message"].startswith("step 3: loss nan")
-        assert result["saved"] == ["step_00000002"]
+
+
+@pytest.fixture(scope="module")
+def hurt(folder: Path) -> list[dict[str, Any]]:
+    target = "tests.parallel.training_cases:roll_back"
+    return run_distributed(target, 2, {"folder": str(folder)}, 200)
+
+
+def test_a_bad_batch_of_one_rank_is_left_out_by_all(hurt: list[dict[str, Any]]) -> None:
+    for rank in hurt:
+        assert rank["one"]["batches"] == list(range(STEPS))
+        assert rank["one"]["progress"]["bad_steps"] == 1
+        assert rank["one"]["digest"] == rank["told"]["digest"]
+        assert rank["told"]["batches"] == [0, 1, 2, 4, 5]
+
+
+def test_bad_batches_in_a_row_send_the_run_back_to_go_on_without_them(
+    hurt: list[dict[str, Any]], folder: Path
+) -> None:
+    for rank in hurt:
+        # Checkpoints after 2 and 4 steps: the second was made between the two bad steps.
+        assert rank["two"]["batches"] == [0, 1, 2, 3, 4, 2, 5, 6, 7]
+        assert rank["two"]["progress"]["left_out"] == [[3, 5]]
+        assert rank["two"]["progress"]["rollbacks"] == 1
+    events = (folder / "back-two" / "events.jsonl").read_text()
+    assert "batches 3 to 4 are left out" in events
+    rows = read_metrics(folder / "back-two" / "metrics.jsonl")
+    losses = [row["step"] for row in rows if "loss" in row]
+    assert losses == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_goes_wrong_again_and_again_says_so(hurt: list[dict[str, Any]]) -> None:
+    for rank in hurt:
+        assert "went back 2 times already" in rank["all"]["message"]
+        assert "batches 7 to 8" in rank["all"]["message"]
+        assert "nothing to go back to" in rank["first"]["message"]

@@ -17,44 +17,17 @@ from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.configs.sequence import SequenceConfig
 from megatron_cogview.data.loader import TrainLoader, build_loader
-from megatron_cogview.data.shards import (
-    record_dtype,
-    sample_id,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
+from megatron_cogview.testing.toy_run import SIDE, VOCAB, with_survival
+from megatron_cogview.testing.toy_run import TEXT_BUDGET as BUDGET
 from megatron_cogview.tokenization.layout import SequenceLayout
-from tests.parallel.cases import PIVOT, VOCAB, run_config, small_model
+from tests.parallel.cases import PIVOT, run_config, small_model
 
-NUM_RECORDS, STEPS, SIDE, BUDGET = 40, 6, 3, 9
+STEPS = 6
 FINGERPRINTS = {"text": "t", "image": "i"}
 
 
 class Killed(Exception):
     """Stands for a kill in the middle of a run."""
-
-
-def write_tokens(folder: Path) -> None:
-    """Shards of random records."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(5)
-    records = np.zeros(NUM_RECORDS, dtype=record_dtype((SIDE,)))
-    records["image0"] = rng.integers(0, VOCAB.num_image_codes, (NUM_RECORDS, SIDE, SIDE))
-    records["text_length"] = rng.integers(1, BUDGET + 1, NUM_RECORDS)
-    for record in records:
-        length = int(record["text_length"])
-        record["text"][:length] = rng.integers(0, VOCAB.num_text_ids, length)
-    records["sample_id"] = [sample_id(str(n)) for n in range(NUM_RECORDS)]
-    entry = write_shard(folder / shard_name(0), records)
-    about = {
-        "layout": {"codes_per_side": [SIDE], "longest_text": BUDGET},
-        "tokenizers": {
-            "text": {"fingerprint": "t", "vocab_size": VOCAB.num_text_ids},
-            "image": {"fingerprint": "i", "num_codes": VOCAB.num_image_codes},
-        },
-    }
-    write_manifest(folder, [entry], about)
 
 
 def training_config(
@@ -85,6 +58,7 @@ def build(config: RunConfig) -> tuple[Any, Any]:
     from megatron_cogview.engines.megatron import MegatronEngine
     from megatron_cogview.parallel.seeding import seed_initialization
     from megatron_cogview.parallel.topology import initialize
+    from megatron_cogview.training.signals import StopRequest
     from megatron_cogview.training.trainer import Trainer
 
     groups = initialize(config.parallel)
@@ -93,7 +67,7 @@ def build(config: RunConfig) -> tuple[Any, Any]:
     loader = build_loader(layout, config.training, config.data, groups.data_rank, groups.data_size)
     seed_initialization(config.training.seed, groups)
     engine = MegatronEngine(config, groups)
-    return engine, Trainer(config, groups, engine, loader, FINGERPRINTS)
+    return engine, Trainer(config, groups, engine, loader, FINGERPRINTS, StopRequest())
 
 
 class DyingLoader(TrainLoader):
@@ -152,13 +126,13 @@ def damaged(arguments: dict[str, Any]) -> dict[str, Any]:
     """A damaged newest checkpoint is passed over; foreign ones are refused; none is no error."""
     from megatron_cogview.checkpoint import commit
     from megatron_cogview.checkpoint.identity import check_belongs
-    from megatron_cogview.training.trainer import CONTINUED
+    from megatron_cogview.training.checkpoints import CONTINUED
 
     folder = arguments["folder"]
     config = training_config(folder, "tp2_sp-whole", ParallelConfig(tensor=2, sequence=True))
     root = Path(config.training.output) / "checkpoints"
     engine, trainer = build(config)
-    names = sorted(p.name for p in root.iterdir())
+    names = sorted(p.name for p in root.glob("step_*"))
     if trainer.topology.is_main:
         victim = sorted((root / names[-1]).glob("*.distcp"))[0]
         data = bytearray(victim.read_bytes())
@@ -272,34 +246,62 @@ def _without_cache(
     return pictures
 
 
-def spoilt(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A NaN weight stops the run before it is saved; changed optimizer settings take effect."""
-    from megatron_cogview.configs.errors import TrainingError
-
-    config = training_config(arguments["folder"], "spoilt", ParallelConfig(tensor=2))
-    engine, trainer = build(config)
-    trainer.loader = DyingLoader(trainer.loader, 2)
+def settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Changed optimizer settings take effect in a resumed run."""
+    config = training_config(arguments["folder"], "settings", ParallelConfig(tensor=2))
+    _, trainer = build(config)
+    trainer.loader = DyingLoader(trainer.loader, 3)
     with contextlib.suppress(Killed):
         trainer.run()
-    changed = replace(
-        config, optimizer=replace(config.optimizer, weight_decay=0.5, beta2=0.9, epsilon=1e-3)
-    )
-    engine, trainer = build(changed)
-    start = trainer._resume()
+    optimizer = replace(config.optimizer, weight_decay=0.5, beta2=0.9, epsilon=1e-3)
+    engine, trainer = build(replace(config, optimizer=optimizer))
+    start, _ = trainer.checkpoints.resume()
     groups = [[g["weight_decay"], g["betas"][1], g["eps"]] for g in engine.optimizer.param_groups]
-    engine, trainer = build(config)
-    trainer._resume = lambda: start
-    with torch.no_grad():
-        next(engine.chunks[0].parameters()).fill_(float("nan"))
-    message = ""
-    try:
-        trainer.run()
-    except TrainingError as error:
-        message = str(error)
-    root = Path(config.training.output) / "checkpoints"
-    return {
-        "start": start,
-        "groups": groups,
-        "message": message,
-        "saved": sorted(p.name for p in root.iterdir()),
-    }
+    return {"start": start, "groups": groups}
+
+
+class SpoilingLoader(TrainLoader):
+    """Some batches make the loss infinite, on one rank."""
+
+    def __init__(self, inner: TrainLoader, batches: tuple[int, ...], rank: int) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.asked: list[int] = []
+        self._bad = batches if torch.distributed.get_rank() == rank else ()
+
+    def micro_batches(self, step: int) -> list[Any]:
+        self.asked.append(step)
+        batches = super().micro_batches(step)
+        if step in self._bad:
+            batches[0].loss_weights_BS[0, 0] = float("inf")
+        return batches
+
+
+def roll_back(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Bad batches are skipped; too many in a row send the run back, to go on without them."""
+    from megatron_cogview.configs.errors import TrainingError
+
+    folder, results = arguments["folder"], {}
+    plain = training_config(folder, "unhurt", ParallelConfig())
+    for name, bad, survival in (
+        ("one", (3,), {}),
+        ("told", (), {"skip_steps": (4,)}),
+        ("two", (3, 4), {"max_bad_steps": 2}),
+        ("all", tuple(range(3, 99)), {"max_bad_steps": 2, "max_rollbacks": 2}),
+        ("first", (0, 1), {"max_bad_steps": 2}),
+    ):
+        config = with_survival(plain, **survival)
+        config = replace(config, training=replace(config.training, output=f"{folder}/back-{name}"))
+        engine, trainer = build(config)
+        trainer.loader = SpoilingLoader(trainer.loader, bad, rank=1)
+        message = ""
+        try:
+            trainer.run()
+        except TrainingError as error:
+            message = str(error)
+        results[name] = {
+            "batches": trainer.loader.asked,
+            "digest": digest(engine),
+            "progress": trainer.progress.to_dict(),
+            "message": message,
+        }
+    return results

@@ -1,5 +1,6 @@
 """The journal of a campaign: one JSON line a trial, so that it goes on where it was stopped."""
 
+import hashlib
 import json
 import threading
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+import megatron_cogview
 
 Trial = Callable[[int], dict[str, Any]]
 
@@ -18,6 +21,14 @@ def read(journal: Path) -> list[dict[str, Any]]:
         return []
     lines = journal.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def code_digest() -> str:
+    """The first digits of a hash over the package's source: trials of one state add up."""
+    whole = hashlib.sha256()
+    for path in sorted(Path(megatron_cogview.__path__[0]).rglob("*.py")):
+        whole.update(path.name.encode() + path.read_bytes())
+    return whole.hexdigest()[:12]
 
 
 def after_fork() -> None:

@@ -1,0 +1,272 @@
+"""All measurements of a training step in one report, and their tables."""
+
+import logging
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_cogview.analysis.machine import machine
+from megatron_cogview.analysis.training_speed import roofline, shapes
+from megatron_cogview.analysis.training_speed.split import PHASES
+from megatron_cogview.configs.budget import flops_per_token
+from megatron_cogview.configs.errors import ConfigError, refuse
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.loader import build_loader
+from megatron_cogview.model.precision import DTYPES
+from megatron_cogview.parallel import launch, topology
+from megatron_cogview.parallel.seeding import seed_initialization
+from megatron_cogview.tokenization.layout import SequenceLayout
+
+logger = logging.getLogger(__name__)
+
+REHEARSAL = "CPU REHEARSAL, NOT A RESULT"
+_SQUARE = {"cuda": 8192, "cpu": 1024}
+
+Peer = Literal["plain", "core"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure, and on what."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where; ``auto`` is the GPU if there is one."""
+    shapes: tuple[str, ...] = ()
+    """``PRESET`` or ``PRESET:LAYERS``.  Without: ``base_4b base_4b:4`` on a GPU, ``tiny`` on a
+    CPU.  ``micro micro:2`` rehearses on a CPU what a GPU would do."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format; ``auto``: bf16 on a GPU and for ``micro``, fp32 on a CPU."""
+    micro_batch_size: int = 0
+    """Sequences of a forward pass; 0: the preset's, on a GPU halved until it fits."""
+    micro_batches: int = 1
+    """Forward passes of a step."""
+    steps: int = 50
+    """Timed steps, or rounds of a comparison."""
+    warmup: int = 5
+    """Steps before them."""
+    threads: tuple[int, ...] = (1, 2)
+    """Of torch on the CPU, one measurement each."""
+    peers: tuple[Peer, ...] = ("plain", "core")
+    """Rivals on a CPU in fp32: the same model in plain PyTorch; megatron-core's GPT of local
+    layers."""
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Run everything, shape by shape.
+
+    Raises:
+        ConfigError: no such device or shape, a number below 1, or several processes.
+    """
+    for name in ("micro_batches", "steps", "warmup"):
+        if getattr(settings, name) < 1:
+            raise refuse(name, getattr(settings, name), "must be at least 1")
+    if launch.detect().world_size > 1:
+        raise ConfigError("this measurement is of one process; start it without torchrun")
+    device = _device(settings.device)
+    with_cuda = device.type == "cuda"
+    names = settings.shapes or (("base_4b", "base_4b:4") if with_cuda else ("tiny",))
+    results: dict[str, Any] = {
+        **machine(device),
+        "megatron_core": version("megatron-core"),
+        "rehearsal": not with_cuda and any(name.startswith(shapes.MICRO) for name in names),
+        "shapes": [],
+    }
+    for name in names:
+        for threads in (0,) if with_cuda else settings.threads:
+            if threads:
+                torch.set_num_threads(threads)
+            logger.info("%s%s ...", name, f", {threads} thread(s)" if threads else "")
+            results["shapes"].append(_shape(name, settings, device))
+    return results
+
+
+def _device(name: str) -> torch.device:
+    present = torch.cuda.is_available()
+    if name == "cuda" and not present:
+        raise refuse(
+            "device", name, "no CUDA device here; --device cpu --shapes micro micro:2 rehearses"
+        )
+    if name == "cpu" and present:
+        # The engine takes the GPU where there is one.
+        raise refuse("device", name, "hide the GPU first: CUDA_VISIBLE_DEVICES=''")
+    return torch.device("cuda", torch.cuda.current_device()) if present else torch.device("cpu")
+
+
+def _dtype(settings: Settings, name: str, device: torch.device) -> str:
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "bf16" if device.type == "cuda" or name.startswith(shapes.MICRO) else "fp32"
+
+
+def _shape(name: str, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """One shape; what does not fit is told and left out."""
+    with_cuda = device.type == "cuda"
+    dtype = _dtype(settings, name, device)
+    total = torch.cuda.get_device_properties(device).total_memory if with_cuda else None
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
+        shards = Path(folder) / "tokens"
+        try:
+            case = shapes.case(
+                name,
+                str(shards),
+                dtype,
+                settings.micro_batch_size,
+                settings.micro_batches,
+                total,
+            )
+        except ConfigError as error:
+            if total is None:
+                raise
+            logger.warning("left out: %s", error)
+            return {"shape": name, "left_out": str(error)}
+        if case.note:
+            logger.info("%s: %s", name, case.note)
+        records = max(256, 4 * case.config.training.global_batch_size)
+        shapes.write_random_shards(shards, case.config, records)
+        with ExitStack() as held:
+            groups = held.enter_context(topology.running(case.config.parallel))
+            found = _measured(case.config, settings, groups, Path(folder))
+    return {"shape": name, "note": case.note, "dtype": dtype, **found}
+
+
+def _measured(
+    config: RunConfig, settings: Settings, groups: topology.Topology, folder: Path
+) -> dict[str, Any]:
+    # megatron-core may be imported only now that the process groups are there.
+    from megatron_cogview.analysis.training_speed import against
+    from megatron_cogview.analysis.training_speed.whole_step import TrainingLoop
+    from megatron_cogview.engines.megatron import MegatronEngine
+
+    layout = SequenceLayout(config.sequence, config.model.vocab)
+    loader = build_loader(layout, config.training, config.data)
+    seed_initialization(config.training.seed, groups)
+    engine = MegatronEngine(config, groups)
+    found: dict[str, Any] = {}
+    dtype = DTYPES[config.precision.dtype]
+    if groups.device.type == "cpu" and dtype == torch.float32 and settings.peers:
+        steps = against.steps_of(config, engine, settings.peers)
+        batches = [loader.micro_batches(step) for step in range(16)]
+        found["against"] = against.compare(steps, batches, settings.warmup, settings.steps)
+    loop = TrainingLoop(config, groups, engine, loader)
+    if groups.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(groups.device)
+    seconds = loop.times(settings.steps, settings.warmup)
+    found["split"] = loop.split(settings.steps, settings.warmup, folder / "log")
+    if groups.device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(groups.device)
+        torch.cuda.empty_cache()
+    return {
+        **found,
+        "losses": [loop.losses[0], loop.losses[-1]],
+        **_rates(config, statistics.median(seconds), groups.device, dtype),
+        "seconds_fastest": min(seconds),
+        "threads": torch.get_num_threads(),
+        "on_cpu": groups.device.type == "cpu",
+    }
+
+
+def _rates(
+    config: RunConfig, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Rates of a step of ``seconds``, by the strict rule of ``configs/budget.py``."""
+    t = config.training
+    tokens = t.global_batch_size * config.sequence.model_length
+    model_tflops = flops_per_token(config) * tokens / seconds / 1e12
+    square = roofline.square_tflops(_SQUARE[device.type], device, dtype, 20)
+    specified = roofline.specified_tflops(device)
+    gemms = roofline.best_seconds(config, device, dtype, 20)
+    return {
+        "parameters": config.model.num_params(),
+        "micro_batch_size": t.micro_batch_size,
+        "global_batch_size": t.global_batch_size,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "sequences_per_second": t.global_batch_size / seconds,
+        "model_tflops": model_tflops,
+        "square_product_tflops": square,
+        "mfu_of_square_product": model_tflops / square,
+        "mfu_of_specification": None if specified is None else model_tflops / specified,
+        "products_seconds": gemms,
+        "products_tflops": roofline.gemm_flops(config) / gemms / 1e12,
+        "roofline_fraction": gemms / seconds,
+    }
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown: where the time goes, and figures against their targets."""
+    measured = [one for one in results["shapes"] if "left_out" not in one]
+    lines = [f"**{REHEARSAL}**", ""] if results["rehearsal"] else []
+    lines += ["| step | total | " + " | ".join(PHASES) + " |", "|---" * (len(PHASES) + 2) + "|"]
+    for one in measured:
+        total = sum(one["split"].values())
+        cells = (f"{one['split'][phase] / total:.1%}" for phase in PHASES)
+        lines.append(f"| {_title(one)} | {total * 1e3:.1f} ms | " + " | ".join(cells) + " |")
+    lines += ["", "| what | measured | target | met |", "|---|---|---|---|"]
+    for what, figure, target, met in _rows(results, measured):
+        verdict = "" if met is None or results["rehearsal"] else "yes" if met else "**no**"
+        lines.append(f"| {what} | {figure} | {target} | {verdict} |")
+    lines += [f"| {o['shape']} | left out: {o['left_out']} | | |"
+              for o in results["shapes"] if "left_out" in o]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _title(one: dict[str, Any]) -> str:
+    threads = f", {one['threads']} thread(s)" if one["on_cpu"] else ""
+    return f"{one['shape']}, {one['dtype']}, {one['global_batch_size']} sequences{threads}"
+
+
+def _rows(
+    results: dict[str, Any], measured: list[dict[str, Any]]
+) -> Iterator[tuple[str, str, str, bool | None]]:
+    for one in measured:
+        yield from _shape_rows(one)
+    yield from _slice_rows(measured)
+
+
+def _shape_rows(one: dict[str, Any]) -> Iterator[tuple[str, str, str, bool | None]]:
+    title = _title(one)
+    wanted = {"plain": ("plain PyTorch", 0.97), "core": ("megatron-core's local layers", 1.2)}
+    for peer, ratio in one.get("against", {}).get("times_as_fast", {}).items():
+        ours, theirs = (one["against"]["seconds"][name] * 1e3 for name in ("ours", peer))
+        who, target = wanted[peer]
+        yield (f"{title}: throughput against {who}",
+               f"{ratio:.3f} x ({ours:.1f} ms a step against {theirs:.1f})",
+               f"{target} x", ratio >= target)  # fmt: skip
+    share = (one["split"]["data"] + one["split"]["log"]) / sum(one["split"].values())
+    yield f"{title}: loader and log", f"{share:.2%} of a step", "1 %", share < 0.01
+    yield (f"{title}: speed", f"{one['seconds'] * 1e3:.1f} ms a step, "
+           f"{one['tokens_per_second']:,.0f} tokens/s", "", None)  # fmt: skip
+    of = f"{one['mfu_of_square_product']:.1%} of {one['square_product_tflops']:.3g} TFLOP/s"
+    if one["mfu_of_specification"] is not None:
+        of = f"{one['mfu_of_specification']:.1%} of the specification, {of} of a square product"
+    else:
+        of = f"{of} of a square product"
+    is_headline = not one["on_cpu"] and one["shape"] == "base_4b"
+    yield (f"{title}: model FLOPs", f"{one['model_tflops']:.3g} TFLOP/s: {of}",
+           "620 TFLOP/s" if is_headline else "",
+           one["model_tflops"] >= 620 if is_headline else None)  # fmt: skip
+    yield (f"{title}: matrix products alone, at their best",
+           f"{one['roofline_fraction']:.1%} of a step ({one['products_seconds'] * 1e3:.1f} ms)",
+           "" if one["on_cpu"] else "85 %",
+           None if one["on_cpu"] else one["roofline_fraction"] >= 0.85)  # fmt: skip
+
+
+def _slice_rows(
+    measured: list[dict[str, Any]],
+) -> Iterator[tuple[str, str, str, bool | None]]:
+    """A few layers of a shape against the whole of it, where both were measured."""
+    whole = {one["shape"]: one for one in measured}
+    for one in measured:
+        base, colon, _ = one["shape"].partition(":")
+        if colon and base in whole:
+            ratio = one["model_tflops"] / whole[base]["model_tflops"]
+            yield (f"{one['shape']} against {base}: model FLOPs a second", f"{ratio:.3f} x",
+                   "" if one["on_cpu"] else "0.97 x",
+                   None if one["on_cpu"] else ratio >= 0.97)  # fmt: skip

@@ -1,0 +1,192 @@
+"""The index of a checkpoint: which part of which tensor lies where in which file.
+
+On the disk it is ``.metadata``, the pickle that torch's and megatron-core's readers expect.  It is
+written with torch's classes and read by :mod:`~megatron_cogview.checkpoint.inert`, which runs
+nothing of it.
+"""
+
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_cogview.checkpoint import inert
+from megatron_cogview.checkpoint.boxes import Box
+from megatron_cogview.configs.errors import CheckpointError
+
+FILE = ".metadata"
+MAX_DIMENSIONS = 8
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes of a file inside the checkpoint's folder."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: list[tuple[Box, Place]] = field(default_factory=list)
+
+
+Index = dict[str, Stored]
+Entry = tuple[str, torch.dtype, tuple[int, ...], Box, Place]
+"""Key, type and shape of a tensor, and a part of it with its place."""
+
+
+def write_index(path: Path, entries: Iterable[Entry], objects: Mapping[str, Place]) -> None:
+    """Write ``.metadata``.
+
+    Args:
+        path: the file; must not exist yet.
+        entries: every part of every tensor.
+        objects: further blobs by key, which other readers may ask for.
+    """
+    tensors: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for key, dtype, shape, box, place in entries:
+        if key not in tensors:
+            properties = dcp.TensorProperties(dtype)
+            tensors[key] = dcp.TensorStorageMetadata(properties, torch.Size(shape), [])
+        offsets = torch.Size(box.offsets)
+        tensors[key].chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(box.sizes)))
+        places[dcp.MetadataIndex(key, offsets)] = _StorageInfo(place.file, place.start, place.length)
+    for key, place in objects.items():
+        tensors[key] = dcp.BytesStorageMetadata()
+        places[dcp.MetadataIndex(key)] = _StorageInfo(place.file, place.start, place.length)
+    with path.open("xb") as file:
+        pickle.dump(dcp.Metadata(tensors, storage_data=places), file)
+
+
+def read_index(path: Path) -> Index:
+    """Tensors of a checkpoint by key; nothing of the file is run.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or speaks of anything but tensors in files
+            of its own folder.
+    """
+    try:
+        # A byte more than is allowed is enough to refuse it.
+        with path.open("rb") as file:
+            data = file.read(inert.MAX_BYTES + 1)
+        return _index(inert.loads(data))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _index(root: Any) -> Index:
+    fields = _fields(root, "Metadata")
+    places: dict[tuple[str, tuple[int, ...]], Place] = {}
+    for key, value in _items(fields.get("storage_data")):
+        about = _fields(key, "MetadataIndex")
+        if about.get("offset") is not None:
+            name, offsets = _text(about.get("fqn")), _sizes(about["offset"])
+            places[name, offsets] = _place(value)
+    index: Index = {}
+    for key, value in _items(fields.get("state_dict_metadata")):
+        if _is(value, "TensorStorageMetadata"):
+            index[_text(key)] = _stored(_text(key), _fields(value, "TensorStorageMetadata"), places)
+        elif not _is(value, "BytesStorageMetadata"):
+            raise CheckpointError(f"{_text(key)!r} is neither a tensor nor an object")
+    return index
+
+
+def _stored(
+    key: str, fields: dict[str, Any], places: dict[tuple[str, tuple[int, ...]], Place]
+) -> Stored:
+    shape = _sizes(fields.get("size"))
+    stored = Stored(_dtype(fields.get("properties")), shape)
+    chunks = fields.get("chunks")
+    if not isinstance(chunks, list):
+        raise CheckpointError(f"{key!r} has no list of parts")
+    for chunk in chunks:
+        about = _fields(chunk, "ChunkStorageMetadata")
+        box = Box(_sizes(about.get("offsets")), _sizes(about.get("sizes")))
+        inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
+            a + n <= whole for a, n, whole in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        if not inside or (key, box.offsets) not in places:
+            raise CheckpointError(f"{key!r} has a part that lies outside of it, or nowhere")
+        stored.parts.append((box, places[key, box.offsets]))
+    return stored
+
+
+def _place(value: Any) -> Place:
+    fields = _fields(value, "_StorageInfo")
+    name = _text(fields.get("relative_path"))
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"it points to {name!r}, which is no file of its own folder")
+    if fields.get("transform_descriptors"):
+        raise CheckpointError(f"{name!r} is compressed or otherwise transformed")
+    return Place(name, _count(fields.get("offset")), _count(fields.get("length")))
+
+
+def _dtype(properties: Any) -> torch.dtype:
+    state = properties.state if _is(properties, "TensorProperties") else None
+    # torch writes a tuple that begins with the type; its constructor's argument is the same.
+    first = state[0] if isinstance(state, tuple) and state else None
+    if isinstance(first, inert.Name) and first.module == "torch" and first.name in DTYPES:
+        return DTYPES[first.name]
+    raise CheckpointError("a tensor without a type that is known")
+
+
+def _is(value: Any, name: str) -> bool:
+    return isinstance(value, inert.Made) and value.maker.name == name
+
+
+def _fields(value: Any, name: str) -> dict[str, Any]:
+    """Attributes of an object of a class that is expected in this place."""
+    if not _is(value, name):
+        raise CheckpointError(f"{type(value).__name__} in the place of a {name}")
+    return {_text(key): each for key, each in _items(value.state)}
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, inert.Pairs):
+        return value.items
+    if value is None:
+        return []
+    raise CheckpointError(f"{type(value).__name__} in the place of a dictionary")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise CheckpointError(f"{type(value).__name__} in the place of a text")
+
+
+def _count(value: Any) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise CheckpointError("a size or position that is no count")
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """A ``torch.Size``."""
+    if _is(value, "Size") and len(value.arguments) == 1:
+        value = value.arguments[0]
+        if isinstance(value, tuple) and len(value) <= MAX_DIMENSIONS:
+            return tuple(_count(each) for each in value)
+    raise CheckpointError("a shape that is none")

@@ -1,0 +1,195 @@
+"""Write checkpoints while training goes on.
+
+:meth:`Saver.begin` copies the state to host memory and gives the copy to a thread; the ranks find
+out in passing when all are done and then :meth:`Saver.commit`.  The thread talks to no other rank.
+It is a thread and no forked process, because a fork in the middle of what another thread does can
+leave a lock locked in the child for ever.
+
+What a disk refuses ends a save, never a run, and never harms the checkpoints that are there.
+"""
+
+import logging
+import threading
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_cogview.checkpoint import commit
+from megatron_cogview.checkpoint.common import write_common
+from megatron_cogview.checkpoint.index import FILE as INDEX
+from megatron_cogview.checkpoint.index import write_index
+from megatron_cogview.checkpoint.snapshot import ShardedState, Snapshot, Written
+from megatron_cogview.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+
+class Status(Enum):
+    """How far this rank's save is."""
+
+    IDLE = "idle"
+    WRITING = "writing"
+    WRITTEN = "written"
+    FAILED = "failed"
+
+
+class Saver:
+    """Saves one run, one checkpoint at a time.
+
+    Args:
+        root: folder of the run's checkpoints.
+        topology: process groups.
+        keep: newest checkpoints to keep.
+        keep_every: checkpoints of multiples of it are kept for good.
+        asynchronous: write in a thread; otherwise :meth:`begin` returns when all is written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        topology: Topology,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+    ) -> None:
+        self.root, self.topology = root, topology
+        self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
+        self.failures = 0
+        """Saves that came to nothing."""
+        self.last_error: str | None = None
+        self._snapshot = Snapshot(topology.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._manifest_state: dict[str, Any] = {}
+        self._common: dict[str, Any] = {}
+        self._written: Written | None = None
+        self._error: str | None = None
+        self._in_flight = False
+
+    @property
+    def status(self) -> Status:
+        """How far this rank is; the trainer asks all of them."""
+        if not self._in_flight:
+            return Status.IDLE
+        if self._thread is not None and self._thread.is_alive():
+            return Status.WRITING
+        return Status.WRITTEN if self._error is None else Status.FAILED
+
+    def begin(self, step: int, manifest_state: dict[str, Any], state: ShardedState) -> None:
+        """Start to save.  All ranks call it together, with nothing in flight.
+
+        When it returns, ``state`` may change: what is written is what it is now.
+
+        Args:
+            step: completed steps.
+            manifest_state: JSON values for the manifest.
+            state: this rank's part.
+        """
+        assert not self._in_flight, "a save is in flight"
+        self._in_flight, self._step = True, step
+        self._manifest_state, self._common = manifest_state, state.common
+        self._written, self._thread = None, None
+        self._error = self._prepare()
+        if self._error is None:
+            self._error = self._copy(state)
+        if self._error is not None:
+            return
+        objects = list(state.objects)
+        if self.asynchronous:
+            self._thread = threading.Thread(
+                target=self._write, args=(objects,), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(objects)
+
+    def _prepare(self) -> str | None:
+        """Rank 0 makes the folder; everyone learns whether there is one."""
+        outcome: list[str | None] = [None]
+        if self.topology.is_main:
+            try:
+                commit.prepare(self.root, self._step)
+            except OSError as error:
+                outcome[0] = str(error)
+        dist.broadcast_object_list(outcome, src=0)
+        return outcome[0]
+
+    def _copy(self, state: ShardedState) -> str | None:
+        try:
+            self._snapshot.take(state.pieces)
+        except (MemoryError, RuntimeError) as error:
+            # Host memory may be short; the next save may find more.
+            return f"no host memory for a copy of the state: {error}"
+        return None
+
+    def _write(self, objects: list[str]) -> None:
+        folder = commit.temporary_directory(self.root, self._step)
+        try:
+            self._written = self._snapshot.write(folder, self.topology.rank, objects)
+        except Exception as error:
+            # Whatever it is, it is this save's end and not the run's.
+            self._error = f"rank {self.topology.rank}: {error}"
+
+    def commit(self) -> Path | None:
+        """End a save that every rank has written or failed at.  All ranks call it together.
+
+        Returns:
+            The checkpoint; None when it came to nothing, which is logged and counted.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        everyone: list[tuple[Written | None, str | None]] | None = None
+        if self.topology.is_main:
+            everyone = [(None, None)] * self.topology.world_size
+        dist.gather_object((self._written, self._error), everyone, dst=0)
+        outcome: list[str | None] = [None]
+        if everyone is not None:
+            outcome[0] = self._commit_all(everyone)
+        dist.broadcast_object_list(outcome, src=0)
+        self._in_flight, self._thread, self._written = False, None, None
+        if outcome[0] is None:
+            return self.root / commit.checkpoint_name(self._step)
+        self.failures += 1
+        self.last_error = outcome[0]
+        return None
+
+    def wait(self) -> Path | None:
+        """:meth:`commit` as soon as this and every other rank has written; None without a save."""
+        if not self._in_flight:
+            return None
+        return self.commit()
+
+    def _commit_all(self, everyone: list[tuple[Written | None, str | None]]) -> str | None:
+        """Rank 0's part; gives what went wrong."""
+        try:
+            problems = [error for _, error in everyone if error is not None]
+            if problems:
+                raise OSError("; ".join(dict.fromkeys(problems)))
+            folder = commit.temporary_directory(self.root, self._step)
+            parts = [written for written, _ in everyone if written is not None]
+            objects = {k: place for part in parts for k, place in part.objects.items()}
+            entries = [entry for part in parts for entry in part.entries]
+            write_index(folder / INDEX, entries, objects)
+            write_common(folder, self._common)
+            (folder / "metadata.json").write_text(_BACKEND, encoding="utf-8")
+            files = {name: about for part in parts for name, about in part.files.items()}
+            commit.commit(self.root, self._step, self._manifest_state, files)
+        except OSError as error:
+            commit.discard(self.root, self._step)
+            logger.error("checkpoint of step %d: not saved: %s", self._step, error)
+            return str(error)
+        try:
+            commit.retain(self.root, self.keep, self.keep_every)
+        except OSError as error:
+            logger.warning("%s: old checkpoints could not be removed: %s", self.root, error)
+        return None
+
+
+_BACKEND = (
+    '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    '"common_backend": "torch", "common_backend_version": 1}'
+)
+"""``metadata.json``: what megatron-core reads a checkpoint with."""

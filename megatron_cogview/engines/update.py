@@ -1,0 +1,51 @@
+"""The end of a step: reduce, test and clip gradients, and move the weights on all ranks or on none.
+
+megatron-core refuses gradients that are not finite in fp16 only, and only within the group that
+shares its norm.  Here every format is tested, on every rank, and one refusal counts for all: a
+replica that moved alone would be another model from then on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+Agree = Callable[[bool], bool]
+"""Whether any rank of the world says yes."""
+
+
+def update_weights(
+    optimizer: MegatronOptimizer, clip: float, loss: float, agree: Agree
+) -> tuple[bool, float]:
+    """One optimizer step with the gradients that are there, if they are finite everywhere.
+
+    Args:
+        optimizer: megatron-core's.
+        clip: largest gradient norm; 0 turns clipping off.
+        loss: the step's loss; a step whose loss is not finite changes nothing either.
+        agree: all ranks call it together.
+
+    Returns:
+        Whether the weights moved, and the gradient norm before clipping (NaN if it is not known).
+        When they did not, nothing has changed but an fp16 loss scale.
+    """
+    parts: list[Any] = optimizer.chained_optimizers
+    scalers = [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
+    # Kept to take back what preparing the gradients does to a rank that saw nothing wrong.
+    before = [scaler.state_dict() for scaler in scalers]
+    overflow = optimizer.prepare_grads()
+    norm = math.nan if overflow else float(optimizer.get_grad_norm())
+    if agree(overflow or not math.isfinite(norm) or not math.isfinite(loss)):
+        if not overflow:
+            for scaler, state in zip(scalers, before, strict=True):
+                scaler.load_state_dict(state)
+                scaler.update(True)
+        return False, norm
+    if clip > 0:
+        for part in parts:
+            if part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+    optimizer.step_with_ready_grads()
+    return True, norm

@@ -1,0 +1,233 @@
+"""Interrupt a training at a random moment, start it again, and compare it with one left alone.
+
+Killed, asked to stop, or with a rank that hangs: the run must come back from its last checkpoint
+and end with the same weights, optimizer state, loop memory and numbers, byte for byte.
+"""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.testing.toy_run import toy_config, with_survival, write_tokens
+from megatron_cogview.testing.train_faults.runs import (
+    LAYOUTS,
+    LONGEST_RUN_S,
+    Blackboard,
+    Run,
+    committed,
+    outcome,
+    placed,
+)
+from megatron_cogview.training.signals import REQUEUE_EXIT_CODE
+from megatron_cogview.training.watchdog import HANG_EXIT_CODE
+
+STEPS, SAVE_EVERY = 24, 4
+MOST_KILLS = 3
+GRACE_S = 20.0
+"""Seconds in which a run that is asked to stop must have saved and ended (torchrun gives 30)."""
+HANG_TIMEOUT_S = 3.0
+
+
+class _Campaign:
+    """Data, and what runs that are left alone end with."""
+
+    steps = STEPS
+
+    def __init__(self, folder: Path, survival: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        write_tokens(folder / "tokens")
+        self._survival = survival or {}
+        self._expected: dict[int, dict[str, Any]] = {}
+
+    def config(self, number: int) -> RunConfig:
+        """The run of trial ``number``; trials take layouts by turns, and odd ones save inline."""
+        _, layout = LAYOUTS[number % len(LAYOUTS)]
+        config = toy_config(
+            self.folder / "tokens",
+            self.folder / f"trial-{number}",
+            ParallelConfig(**layout),
+            steps=self.steps,
+            save_every=SAVE_EVERY,
+            async_save=number // len(LAYOUTS) % 4 != 3,
+        )
+        return with_survival(config, **self._survival)
+
+    def expected(self, number: int) -> dict[str, Any]:
+        """The outcome of the same run when nothing is done to it."""
+        which = number % len(LAYOUTS)
+        if which not in self._expected:
+            config = placed(self.config(which), self.folder / f"alone-{which}")
+            with Run(config, LAYOUTS[which][0]) as run:
+                run.to_the_end()
+            self._expected[which] = outcome(run.folder)
+        return self._expected[which]
+
+    def finish(self, number: int, config: RunConfig) -> dict[str, Any]:
+        """Start the run again, leave it alone, and say what became of it."""
+        newest = committed(Path(config.training.output))
+        with Run(config, LAYOUTS[number % len(LAYOUTS)][0]) as run:
+            run.wait_for(0, 1, "data")
+            first, _ = run.board.read(0)
+            run.to_the_end()
+        found = outcome(run.folder)
+        expected = self.expected(number)
+        shutil.rmtree(run.folder)
+        return {
+            "resumed_after": first - 1,
+            "nothing_lost": newest == self.steps or first - 1 == newest,
+            "differs": [key for key in expected if found[key] != expected[key]],
+        }
+
+
+class KillCampaign(_Campaign):
+    """SIGKILL to every rank, or to one of them, up to three times in a run."""
+
+    WAYS = ("load", "forward", "gradients", "update", "save", "validate", "saving", "data")
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """One trial; the same number draws the same moments."""
+        rng = np.random.default_rng([number, 23])
+        config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
+        way, kills = self.WAYS[number % len(self.WAYS)], []
+        for _ in range(int(rng.integers(1, MOST_KILLS + 1))):
+            with Run(config, size) as run:
+                step, phase = self._moment(way, committed(run.folder), rng)
+                reached = run.wait_for(0, step, phase)
+                time.sleep(float(rng.exponential(0.004)))
+                alive = run.world.codes().count(None)
+                one = size > 1 and rng.random() < 0.3
+                run.world.signal(signal.SIGKILL, *([int(rng.integers(size))] if one else []))
+                # What the others do without it is seen, but not waited for.
+                run.world.wait(0.2)
+                kills.append({"step": step, "phase": phase, "hit": bool(reached and alive)})
+        line = {"trial": number, "kind": "kill", "way": way, "kills": kills}
+        line |= self.finish(number, config)
+        hit = any(kill["hit"] for kill in kills)
+        return {**line, "ok": hit and line["nothing_lost"] and not line["differs"]}
+
+    @staticmethod
+    def _moment(way: str, done: int, rng: np.random.Generator) -> tuple[int, str]:
+        """Step and phase to wait for, in a run that goes on behind step ``done``."""
+        if way == "load":
+            return 0, "load"
+        step = int(rng.integers(done + 1, max(done + 2, STEPS)))
+        if way in ("save", "saving"):
+            # A checkpoint that is written in the background is so during the next step.
+            step = min(step + -step % SAVE_EVERY, STEPS)
+            return (step, "save") if way == "save" else (step + 1, "forward")
+        if way == "validate":
+            return (10 if done < 10 else 20), "validate"
+        return step, way
+
+
+class StopCampaign(_Campaign):
+    """SIGTERM or SIGUSR1 at a random moment, to every rank or to one."""
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """One trial."""
+        rng = np.random.default_rng([number, 29])
+        config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
+        asked = signal.SIGUSR1 if number % 3 == 2 else signal.SIGTERM
+        phases = ("data", "forward", "gradients", "update", "save", "validate", "load")
+        phase = phases[int(rng.integers(len(phases)))]
+        step = 0 if phase == "load" else int(rng.integers(1, STEPS))
+        with Run(config, size) as run:
+            run.wait_for(0, step, phase)
+            # Loading begins before the handlers are there.
+            time.sleep(float(rng.exponential(0.004)) + (0.05 if phase == "load" else 0.0))
+            at, _ = run.board.read(0)
+            everyone = size == 1 or rng.random() < 0.7
+            run.world.signal(asked, *([] if everyone else [int(rng.integers(size))]))
+            begin = time.monotonic()
+            ended = run.world.wait(GRACE_S)
+            seconds = time.monotonic() - begin
+            codes, saved, said = run.world.codes(), committed(run.folder), run.tail()
+        # A step that was begun is finished and saved; the last one ends the run.
+        complete = saved in (max(at - 1, 0), at, at + 1)
+        well = ended and set(codes) <= {REQUEUE_EXIT_CODE, 0} and complete
+        line = {"trial": number, "kind": asked.name, "phase": phase, "step": at, "saved": saved}
+        line |= {"codes": codes, "seconds": round(seconds, 2), "everyone": everyone}
+        line |= self.finish(number, config)
+        ok = well and line["nothing_lost"] and not line["differs"]
+        return {**line, "ok": ok, **({} if ok else {"said": said})}
+
+
+class HangCampaign(_Campaign):
+    """SIGSTOP to one rank: the others must name it and end, and so must it when it wakes up."""
+
+    def __init__(self, folder: Path) -> None:
+        """Runs with a watchdog that is in a hurry."""
+        super().__init__(folder, {"hang_timeout_seconds": HANG_TIMEOUT_S})
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """One trial; a rank alone has nobody who waits for it, so layouts of two are taken."""
+        number_of_two = number + number // (len(LAYOUTS) - 1) + 1
+        rng = np.random.default_rng([number, 31])
+        config, size = self.config(number_of_two), LAYOUTS[number_of_two % len(LAYOUTS)][0]
+        victim = int(rng.integers(size))
+        with Run(config, size) as run:
+            step = int(rng.integers(1, STEPS - 2))
+            run.wait_for(victim, step, ("data", "forward", "gradients", "update")[number % 4])
+            run.world.signal(signal.SIGSTOP, victim)
+            begin = time.monotonic()
+            others = [rank for rank in range(size) if rank != victim]
+            found = run.world.wait(
+                4 * HANG_TIMEOUT_S, lambda: None not in [run.world.codes()[r] for r in others]
+            )
+            seconds = time.monotonic() - begin
+            said = run.tail()
+            run.world.signal(signal.SIGCONT, victim)
+            woke = run.world.wait(4 * HANG_TIMEOUT_S)
+            codes = run.world.codes()
+            stacks = sorted(path.name for path in (run.folder / "hang").glob("rank_*.txt"))
+        named = f"rank {victim} " in said and not any(f"rank {r} (" in said for r in others)
+        line = {"trial": number, "kind": "SIGSTOP", "rank": victim, "step": step}
+        line |= {"seconds": round(seconds, 2), "codes": codes, "named": named, "stacks": stacks}
+        line |= self.finish(number_of_two, config)
+        well = found and woke and named and seconds <= 2 * HANG_TIMEOUT_S
+        well = well and 0 not in codes and codes[others[0]] == HANG_EXIT_CODE and bool(stacks)
+        ok = well and line["nothing_lost"] and not line["differs"]
+        return {**line, "ok": ok, **({} if ok else {"said": said})}
+
+
+class CutCampaign(_Campaign):
+    """A run of 60 steps killed in each of them, between two micro-batches; epochs end inside."""
+
+    steps = trials = 60
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """Killed in step ``number + 1``."""
+        layout = number % 2
+        config, size = self.config(layout), LAYOUTS[layout][0]
+        config = placed(config, self.folder / f"cut-{number}")
+        victim = number // 2 % size
+
+        def kill_at(rank: int, board: Blackboard) -> None:
+            from megatron_cogview.engines.megatron import MegatronEngine
+
+            forward, seen = MegatronEngine._forward, 0
+
+            def counted(self: Any, *args: Any) -> Any:
+                nonlocal seen
+                if rank == victim and board.read(rank)[0] == number + 1:
+                    seen += 1
+                    if seen == 2:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                return forward(self, *args)
+
+            MegatronEngine._forward = counted  # type: ignore[method-assign]
+
+        with Run(config, size, kill_at) as run:
+            run.world.wait(LONGEST_RUN_S, lambda: run.world.codes()[victim] is not None)
+            code, (at, phase) = run.world.codes()[victim], run.board.read(victim)
+        line = {"trial": number, "kind": "cut", "step": at, "phase": phase, "rank": victim}
+        line |= self.finish(layout, config)
+        hit = code == -signal.SIGKILL and at == number + 1
+        return {**line, "ok": hit and line["nothing_lost"] and not line["differs"]}
