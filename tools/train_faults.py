@@ -4,7 +4,7 @@ stopped, as long as the package's code is the same.
     python tools/train_faults.py --output runs/faults --only kill cut
     python tools/train_faults.py --output runs/faults --minutes 90
 
-Each trial is one JSON line of OUTPUT/CAMPAIGN-CODE.jsonl.  Ends with exit code 1 if any trial failed.
+Each trial is one JSON line of OUTPUT/CAMPAIGN-CODE.jsonl.  Ends with exit code 1 if one failed.
 """
 
 import logging

@@ -1,5 +1,7 @@
 """Put known weights into a sharded engine, and read its tensors back whole."""
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,33 +59,58 @@ def gather(
     parts = [torch.empty_like(flat) for _ in range(t.tensor_size)]
     dist.all_gather(parts, flat, group=t.tensor_group)
     sizes = [parameter.numel() for _, parameter in mine]
-    held, complaints = {}, []
+    held: dict[str, torch.Tensor] = {}
+    complaints = []
     pieces_of_each = zip(*(part.split(sizes) for part in parts), strict=True)
     for (name, parameter), pieces in zip(mine, pieces_of_each, strict=True):
         shaped = [piece.view(parameter.shape) for piece in pieces]
         if getattr(parameter, "tensor_model_parallel", False):
-            held[name] = torch.cat(shaped, parameter.partition_dim).cpu()
+            held[name] = torch.cat(shaped, parameter.partition_dim)
         else:
-            complaints += [_difference(name, other, shaped[0]) for other in shaped]
-            held[name] = shaped[0].cpu()
+            held[name] = shaped[0]
+            if not all(torch.equal(other, shaped[0]) for other in shaped):
+                complaints.append(name)
+    return _over_stages_and_replicas(engine, held, complaints)
+
+
+def _over_stages_and_replicas(
+    engine: MegatronEngine, held: dict[str, torch.Tensor], complaints: list[str]
+) -> dict[str, torch.Tensor]:
+    """Bring together what the ranks hold, and compare what several of them do.
+
+    Tensors travel as one sum in which each has one contributor: objects would be slow.
+    """
+    t = engine.topology
+    about = {
+        name: (tuple(value.shape), hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest())
+        for name, value in held.items()
+    }
     everyone: list[Any] = [None] * t.world_size
-    # Ranks of one tensor group hold the same whole tensors by now.
-    dist.all_gather_object(everyone, (held if t.tensor_rank == 0 else {}, complaints))
-    whole: dict[str, torch.Tensor] = {}
-    for tensors, theirs in everyone:
-        complaints += theirs
-        for name, value in tensors.items():
-            complaints.append(_difference(name, value, whole.setdefault(name, value)))
+    dist.all_gather_object(everyone, (about, complaints))
+    found: set[str] = set()
+    owners: dict[str, tuple[int, Any]] = {}
+    for rank, (theirs, complained) in enumerate(everyone):
+        found.update(complained)
+        for name, what in theirs.items():
+            if what != owners.setdefault(name, (rank, what))[1]:
+                found.add(name)
     # Only now, when all ranks know of it: whoever raised earlier would leave the others waiting.
-    found = sorted({complaint for complaint in complaints if complaint})
-    assert not found, "\n".join(found)
-    return {name: value.double() for name, value in whole.items()}
-
-
-def _difference(name: str, one: torch.Tensor, other: torch.Tensor) -> str | None:
-    if torch.equal(one, other):
-        return None
-    return f"{name}: copies differ by up to {(one - other).abs().max():.2e}"
+    assert not found, "copies differ: " + ", ".join(sorted(found))
+    flat = torch.cat(
+        [
+            held[name].flatten()
+            if rank == t.rank
+            else torch.zeros(math.prod(shape), device=t.device)
+            for name, (rank, (shape, _)) in owners.items()
+        ]
+    )
+    dist.all_reduce(flat)
+    sizes = [math.prod(shape) for _, (shape, _) in owners.values()]
+    values = flat.double().cpu().split(sizes)
+    return {
+        name: value.view(shape)
+        for (name, (_, (shape, _))), value in zip(owners.items(), values, strict=True)
+    }
 
 
 def _optimizer_tensors(engine: MegatronEngine) -> dict[Any, tuple[Any, dict[str, Any], slice]]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from megatron_cogview.testing.train_faults.bad_numbers import BadNumbers
 from megatron_cogview.testing.train_faults.interruptions import (
     CutCampaign,
+    DiskCampaign,
     HangCampaign,
     KillCampaign,
     StopCampaign,
@@ -26,6 +27,7 @@ CAMPAIGNS: dict[str, tuple[Callable[[Path], Campaign], int]] = {
     "cut": (CutCampaign, CutCampaign.trials),
     "stop": (StopCampaign, 50),
     "hang": (HangCampaign, 20),
+    "disk": (DiskCampaign, DiskCampaign.trials),
     "number": (BadNumbers, 1000),
 }
 

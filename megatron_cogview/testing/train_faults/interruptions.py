@@ -4,6 +4,7 @@ Killed, asked to stop, or with a rank that hangs: the run must come back from it
 and end with the same weights, optimizer state, loop memory and numbers, byte for byte.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cogview.checkpoint import commit
+from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.testing.toy_run import toy_config, with_survival, write_tokens
@@ -25,6 +28,7 @@ from megatron_cogview.testing.train_faults.runs import (
     outcome,
     placed,
 )
+from megatron_cogview.training.checkpoints import CHECKPOINTS
 from megatron_cogview.training.signals import REQUEUE_EXIT_CODE
 from megatron_cogview.training.watchdog import HANG_EXIT_CODE
 
@@ -222,7 +226,7 @@ class CutCampaign(_Campaign):
                         os.kill(os.getpid(), signal.SIGKILL)
                 return forward(self, *args)
 
-            MegatronEngine._forward = counted  # type: ignore[method-assign]
+            MegatronEngine._forward = counted  # type: ignore[method-assign, assignment]
 
         with Run(config, size, kill_at) as run:
             run.world.wait(LONGEST_RUN_S, lambda: run.world.codes()[victim] is not None)
@@ -231,3 +235,92 @@ class CutCampaign(_Campaign):
         line |= self.finish(layout, config)
         hit = code == -signal.SIGKILL and at == number + 1
         return {**line, "ok": hit and line["nothing_lost"] and not line["differs"]}
+
+
+class DiskCampaign(_Campaign):
+    """The disk is full, broken or takes less than it is given, at every tenth of a save: training
+    goes on, the old checkpoint stays, and the run ends as if nothing had been."""
+
+    KINDS = ("ENOSPC", "EIO", "short writes", "fsync", "rename")
+    trials = 10 * len(KINDS)
+
+    def trial(self, number: int) -> dict[str, Any]:
+        """One kind of fault at one tenth of the second or third save."""
+        rng = np.random.default_rng([number, 37])
+        config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
+        kind, tenth = self.KINDS[number % len(self.KINDS)], number // len(self.KINDS) % 10
+        which, victim = int(rng.integers(2, 4)), int(rng.integers(size))
+        written = self.expected(number)["bytes"]
+        if kind == "rename" or f"__{victim}_0.distcp" not in written:
+            victim = 0
+        step, limit = SAVE_EVERY * which, written[f"__{victim}_0.distcp"] * tenth // 10
+
+        def hurt(rank: int, board: Blackboard) -> None:
+            if rank == victim:
+                break_disk(kind, limit, step)
+
+        with Run(config, size, hurt) as run:
+            # Between the save that fails and the next one the older checkpoint must be whole.
+            run.wait_for(0, step + 1, "update")
+            older = _whole(run.folder, step - SAVE_EVERY)
+            run.to_the_end()
+            found, said = outcome(run.folder), run.log.read_text(errors="replace")
+        expected = self.expected(number)
+        line = {"trial": number, "kind": kind, "tenth": tenth, "save": which, "rank": victim}
+        line["older_is_whole"] = older
+        # A disk that takes little at a time is slow, and nothing else.
+        line["refused"] = "save failed" in said
+        line["left_over"] = [p.name for p in run.folder.rglob("*.incomplete")]
+        line["differs"] = [key for key in expected if found[key] != expected[key]]
+        shutil.rmtree(run.folder)
+        well = older and not line["differs"] and not line["left_over"]
+        return {**line, "ok": well and line["refused"] == (kind != "short writes")}
+
+
+def _whole(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of ``step`` is there, with all its bytes."""
+    try:
+        commit.verify(folder / CHECKPOINTS / commit.checkpoint_name(step))
+    except CheckpointError:
+        return False
+    return True
+
+
+def break_disk(kind: str, limit: int, step: int) -> None:
+    """Let this process's save of ``step`` go wrong after ``limit`` bytes, once."""
+    from megatron_cogview.checkpoint import blobs
+
+    name = commit.temporary_directory(Path(), step).name
+    write, sync, rename = blobs.write_some, blobs.sync, os.rename
+    written = 0
+
+    def concerns(file: Any) -> bool:
+        return name in os.fspath(file.name)
+
+    def refuse_writing(file: Any, data: memoryview) -> int:
+        nonlocal written
+        if concerns(file):
+            if kind == "short writes":
+                return write(file, data[: max(1, len(data) // 3)])
+            written += len(data)
+            if written > limit:
+                number = errno.ENOSPC if kind == "ENOSPC" else errno.EIO
+                raise OSError(number, os.strerror(number), file.name)
+        return write(file, data)
+
+    def refuse_sync(descriptor: int) -> None:
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    def refuse_rename(source: Any, target: Any, **more: Any) -> None:
+        if os.fspath(source).endswith(name):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), source)
+        rename(source, target, **more)
+
+    if kind == "fsync":
+        blobs.sync = refuse_sync
+    elif kind == "rename":
+        os.rename = refuse_rename  # type: ignore[assignment]
+    else:
+        blobs.write_some = refuse_writing

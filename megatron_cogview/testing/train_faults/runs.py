@@ -138,6 +138,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "step": manifest["step"],
         "files": {name: about["sha256"] for name, about in manifest["files"].items()},
+        "bytes": {name: about["bytes"] for name, about in manifest["files"].items()},
         "progress": manifest["state"]["progress"],
         "metrics": json.loads(json.dumps(rows)),
     }
