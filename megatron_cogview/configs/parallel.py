@@ -1,9 +1,9 @@
 """How a run is spread over processes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from megatron_cogview.configs.errors import refuse
+from megatron_cogview.configs.errors import ConfigError, refuse
 from megatron_cogview.configs.nearest import advice, nearest
 
 Recompute = Literal["none", "selective", "full"]
@@ -37,48 +37,30 @@ class ParallelConfig:
             if getattr(self, name) < 1:
                 why = f"must be at least 1; {advice([1])}"
                 raise refuse(f"parallel.{name}", getattr(self, name), why)
+        if self.recompute not in get_args(Recompute):
+            choices = ", ".join(get_args(Recompute))
+            raise refuse("parallel.recompute", self.recompute, f"must be one of {choices}")
         self._check_partners()
 
     def _check_partners(self) -> None:
         """Refuse a field that works only beside another one."""
-        sharded, buckets = self.distributed_optimizer, self.overlap_gradients
-        # The field, whether it is set, its value that is always legal, and what it needs.
-        for name, is_set, off, is_met, partner, needed, why in (
-            ("sequence", self.sequence, False, self.tensor > 1, "tensor", 2, "of at least 2"),
-            (
-                "virtual_pipeline",
-                self.virtual_pipeline > 1,
-                1,
-                self.pipeline > 1,
-                "pipeline",
-                2,
-                "of at least 2",
-            ),
-            (
-                "overlap_parameters",
-                self.overlap_parameters,
-                False,
-                sharded,
-                "distributed_optimizer",
-                True,
-                "which spreads their update",
-            ),
-            (
-                "overlap_parameters",
-                self.overlap_parameters,
-                False,
-                buckets,
-                "overlap_gradients",
-                True,
-                "which cuts them into buckets",
-            ),
-        ):
-            if is_set and not is_met:
-                field = f"parallel.{partner}"
-                rest = advice([off], {field: [needed]})
-                raise refuse(
-                    f"parallel.{name}", getattr(self, name), f"needs {field} {why}; {rest}"
-                )
+        if self.sequence and self.tensor == 1:
+            raise self._needs("sequence", False, "tensor", 2, " of at least 2")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise self._needs("virtual_pipeline", 1, "pipeline", 2, " of at least 2")
+        if self.overlap_parameters and not self.distributed_optimizer:
+            # Otherwise every rank updates all weights, and there is nothing to collect.
+            raise self._needs("overlap_parameters", False, "distributed_optimizer", True)
+        if self.overlap_parameters and not self.overlap_gradients:
+            # Only then are weights in buckets, and a later one can travel while one is used.
+            raise self._needs("overlap_parameters", False, "overlap_gradients", True)
+
+    def _needs(
+        self, name: str, off: object, partner: str, needed: object, how: str = ""
+    ) -> ConfigError:
+        rest = advice([off], {f"parallel.{partner}": [needed]})
+        value = getattr(self, name)
+        return refuse(f"parallel.{name}", value, f"needs parallel.{partner}{how}; {rest}")
 
     @property
     def model_ranks(self) -> int:

@@ -33,7 +33,7 @@ class SurvivalConfig:
     hang_timeout_seconds: float = 1800.0
     """A rank that waits so long for the others names the late ones, dumps stacks and ends the run.
     0: wait for ever.  It must exceed the longest validation and the loading of a checkpoint."""
-    straggler_factor: float = 1.2
+    straggler_factor: float = 1.15
     """A rank that needs so many times the median of all to do its own part of a step is reported.
     0: nobody is."""
 

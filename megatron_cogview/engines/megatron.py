@@ -18,12 +18,7 @@ from megatron_cogview.checkpoint.snapshot import ShardedState
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.batch import Batch
 from megatron_cogview.engines.base import StepObserver, StepResult
-from megatron_cogview.engines.optimizer import (
-    apply_settings,
-    build_optimizer,
-    create_adam_state,
-    set_lr,
-)
+from megatron_cogview.engines.optimizer import apply_settings, build_optimizer, set_lr
 from megatron_cogview.engines.update import update_weights
 from megatron_cogview.model.cogview import CogViewModel, build_model
 from megatron_cogview.model.loss import SUMS, Losses, loss_sums
@@ -54,20 +49,28 @@ class MegatronEngine:
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         for chunk in self.model:
             chunk.broadcast_params()
+        self._overlap()
         self._pulse = torch.zeros(1, device=topology.device)
         self.optimizer = build_optimizer(config, self.model, self.dtype)
-        # There from the start, so that a run whose first steps are refused can be saved.
-        create_adam_state(self.optimizer)
         self.settings.grad_scale_func = self.optimizer.scale_loss
         self.settings.finalize_model_grads_func = self._finalize_gradients
 
     def _wrap(self, chunk: CogViewModel) -> DistributedDataParallel:
         module = in_precision(self.settings, chunk.to(self.topology.device), self.dtype)
+        p, shared = self.config.parallel, self.topology.data_size > 1
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+            use_distributed_optimizer=p.distributed_optimizer,
+            overlap_grad_reduce=p.overlap_gradients and shared,
+            overlap_param_gather=p.overlap_parameters and shared,
         )
         return DistributedDataParallel(self.settings, settings, module)
+
+    def _overlap(self) -> None:
+        """Let gradients wait for the last micro-batch, when buckets are sent as they get full."""
+        if self.config.parallel.overlap_gradients and self.topology.data_size > 1:
+            hooks = [chunk.no_sync for chunk in self.model]
+            self.settings.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
@@ -160,6 +163,10 @@ class MegatronEngine:
 
     def sharded_state(self) -> ShardedState:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
+        if self.config.parallel.overlap_parameters and self.topology.data_size > 1:
+            # What was updated is collected in the next forward pass, which has not come yet.
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
         return sharded.sharded_state(self.chunks, self.optimizer, self.topology)
 
     def load(self, directory: Path) -> None:

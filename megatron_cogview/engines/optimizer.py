@@ -1,20 +1,11 @@
-"""megatron-core's optimizer for our configuration, and three repairs of its torch-AdamW fallback.
+"""megatron-core's optimizer for our configuration."""
 
-Without apex and TransformerEngine megatron-core 0.16.1 falls back to torch's AdamW.  With its
-distributed optimizer that fallback cannot load a checkpoint into a fresh optimizer, asks for a
-``step`` that its own checkpoints leave out, and then gives all parameters one shared ``step``
-tensor, so that AdamW counts one step per parameter.  The repairs leave other optimizers alone.
-"""
-
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import distrib_optimizer as distributed
 
 from megatron_cogview.configs.optimizer import OptimizerConfig
 from megatron_cogview.configs.run import RunConfig
@@ -24,7 +15,7 @@ def build_optimizer(
     config: RunConfig, model: Sequence[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Adam with decoupled weight decay off norms and biases (P-OPT-2), clip and loss scale."""
-    repair_torch_adam()
+    sharers = model[0].dp_cp_group.size()
     o, p = config.optimizer, config.precision
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -43,9 +34,11 @@ def build_optimizer(
         loss_scale_window=p.loss_scale_window,
         hysteresis=p.hysteresis,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_parameters and sharers > 1,
     )
     optimizer = get_megatron_optimizer(settings, list(model))
     apply_settings(optimizer, o)
+    prepare_adam(optimizer)
     return optimizer
 
 
@@ -64,44 +57,22 @@ def set_lr(optimizer: MegatronOptimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
-def create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give a fresh torch AdamW the state that loading a checkpoint expects to find."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+def prepare_adam(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW, which megatron-core falls back to, its state and its fast form.
+
+    The state is there from the start, so that a run whose first steps are refused can be saved, and
+    one that is resumed filled.  Other optimizers (apex, TransformerEngine) are left alone.
+    """
+    for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if not isinstance(inner, torch.optim.AdamW):
             continue
         for group in inner.param_groups:
+            # One pass over all tensors of a group instead of a dozen.
+            group["fused"], group["foreach"] = True, False
             for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
-
-
-def repair_torch_adam() -> None:
-    """Repair checkpoint loading of the distributed optimizer on torch's AdamW.  Safe to repeat."""
-    owner: Any = distributed.DistributedOptimizer
-    if distributed.HAVE_APEX_OR_TE or hasattr(owner.load_state_dict, "__wrapped__"):
-        return
-    set_states, load = owner._set_main_param_and_optimizer_states, owner.load_state_dict
-
-    @functools.wraps(set_states)
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" not in tensors and "step" in state:
-            tensors = {**tensors, "step": state["step"]}
-        return set_states(self, model_param, tensors)
-
-    @functools.wraps(load)
-    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> Any:
-        result = load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
-        return result
-
-    owner._set_main_param_and_optimizer_states = set_states_with_step
-    owner.load_state_dict = load_with_own_steps
+                inner.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }

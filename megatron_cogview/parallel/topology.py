@@ -7,6 +7,8 @@ New code takes the :class:`Topology` and never asks megatron-core's globals.
 import contextlib
 import datetime
 import logging
+import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.parallel import cpu_backend, launch
 
 logger = logging.getLogger(__name__)
+
+GROUP_TIMEOUT_S = 1800.0
+"""torch's own for gloo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def init_world(timeout_s: float = 1800.0) -> launch.Launch:
+def init_world(timeout_s: float = GROUP_TIMEOUT_S) -> launch.Launch:
     """Join the world of processes: nccl with CUDA, gloo without.  Safe to call again.
 
     Raises:
@@ -75,9 +80,11 @@ def init_world(timeout_s: float = 1800.0) -> launch.Launch:
     if not init_method:
         # One process meets only itself: a store in a private folder needs no port.
         init_method = f"file://{Path(tempfile.mkdtemp(prefix='cogview-')) / 'store'}"
+    store = _store_of_this_attempt(place) if init_method == "env://" else None
     dist.init_process_group(
         "nccl" if with_cuda else "gloo",
-        init_method=init_method,
+        init_method=None if store else init_method,
+        store=store,
         rank=place.rank,
         world_size=place.world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -85,14 +92,32 @@ def init_world(timeout_s: float = 1800.0) -> launch.Launch:
     return place
 
 
-def initialize(parallel: ParallelConfig) -> Topology:
+def _store_of_this_attempt(place: launch.Launch) -> dist.Store | None:
+    """What torchrun's processes meet over when it has started them again; None: the usual store.
+
+    torchrun keeps its store from attempt to attempt, and gloo would find the addresses of processes
+    that are gone.  Only on one machine do all know the attempt's number; on several, torchrun must
+    be told not to share its store (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, see docs/training.md).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size))
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def initialize(parallel: ParallelConfig, timeout_s: float = GROUP_TIMEOUT_S) -> Topology:
     """Build the process groups of ``parallel`` in the world that was started.
+
+    Args:
+        parallel: sizes of the axes.
+        timeout_s: after it a collective that somebody did not come to raises.
 
     Raises:
         ConfigError: the world does not hold a whole number of model copies.
     """
     cpu_backend.install()
-    init_world()
+    init_world(timeout_s)
     parallel.data(dist.get_world_size())
     from megatron.core import parallel_state
 
@@ -100,7 +125,11 @@ def initialize(parallel: ParallelConfig) -> Topology:
         parallel_state.destroy_model_parallel()
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(
-        parallel.tensor, parallel.pipeline, virtual, create_gloo_process_groups=True
+        parallel.tensor,
+        parallel.pipeline,
+        virtual,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return _current()
 
@@ -140,12 +169,12 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def running(parallel: ParallelConfig) -> Iterator[Topology]:
+def running(parallel: ParallelConfig, timeout_s: float = GROUP_TIMEOUT_S) -> Iterator[Topology]:
     """:func:`initialize`, and :func:`shutdown` when the work ended without an error.
 
     After an error the groups are left alone: destroying them would wait for ranks that may be
     stuck in a collective, and hide the error behind a hang.
     """
-    topology = initialize(parallel)
+    topology = initialize(parallel, timeout_s)
     yield topology
     shutdown()

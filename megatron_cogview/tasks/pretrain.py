@@ -32,7 +32,9 @@ def run(config: RunConfig) -> int:
     """
     if config.training.deterministic:
         make_deterministic()
-    with StopRequest() as stop, topology.running(config.parallel) as groups:
+    # The watchdog must speak first: it knows who is late.
+    timeout_s = max(topology.GROUP_TIMEOUT_S, 5 * config.survival.hang_timeout_seconds)
+    with StopRequest() as stop, topology.running(config.parallel, timeout_s) as groups:
         config.check_layout(groups.world_size)
         layout = SequenceLayout(config.sequence, config.model.vocab)
         loader = build_loader(

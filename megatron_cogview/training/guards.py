@@ -35,7 +35,7 @@ class Progress:
     rollbacks: int = 0
     """Times the run went back."""
     streak_start: int | None = None
-    """First of the steps in a row that were bad or spikes, up to the last one; None: it was good."""
+    """First of the steps in a row that were bad or spikes, up to the last; None: it was good."""
     bad_in_a_row: int = 0
     """Bad steps in a row, those not counted in which an fp16 scale was still falling."""
     spikes_in_a_row: int = 0

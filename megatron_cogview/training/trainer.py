@@ -131,10 +131,10 @@ class Trainer:
             self.log.write(done, self._numbers(step, result))
             self._report_stragglers(done)
         stopping = self._agree()
-        if training.validate_every and (done % training.validate_every == 0 or last):
-            # Whoever asks to stop may not wait for long.
-            if not stopping or last:
-                self.log.write(done, self._validate())
+        # Whoever asks to stop may not wait for long.
+        due = training.validate_every and (done % training.validate_every == 0 or last)
+        if due and (last or not stopping):
+            self.log.write(done, self._validate())
         if stopping or self.checkpoints.is_due(done):
             self._save(done)
         return done, stopping
@@ -191,9 +191,7 @@ class Trainer:
             f"(rollback {self.progress.rollbacks} of {self.config.survival.max_rollbacks})",
         )
         self.log.rewind(again)
-        self.throughput = Throughput(
-            self.config, self.topology, self.config.training.steps, again
-        )
+        self.throughput = Throughput(self.config, self.topology, self.config.training.steps, again)
         return again
 
     def _patient(self) -> contextlib.AbstractContextManager[Any]:

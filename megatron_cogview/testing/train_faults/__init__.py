@@ -1,1 +1,1 @@
-"""Campaigns of faults against training: kills, signals, stops, bad numbers, bad disks, bad files."""
+"""Campaigns of faults against training: kills, signals, stops, bad numbers, disks and files."""
