@@ -6,14 +6,17 @@ import hashlib
 import io
 import mmap
 import os
+import struct
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import IO, BinaryIO, Self, cast
 
 import torch
 
-from megatron_cogview.checkpoint.index import Place
+from megatron_cogview.checkpoint.index import Place, open_regular
 from megatron_cogview.configs.errors import CheckpointError
 
 ALIGNMENT = 64
@@ -21,6 +24,8 @@ ALIGNMENT = 64
 MOST_OVERHEAD = 1 << 16
 """Bytes that a blob may have beside its values; torch needs about a thousand."""
 _LOCAL_HEADER_BYTES = 30
+_END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56
+"""The three records at the end of an archive."""
 
 
 class BlobFile:
@@ -34,13 +39,20 @@ class BlobFile:
         self.size = 0
 
     def add(self, value: torch.Tensor | None) -> Place:
-        """Append a contiguous tensor of the CPU, or None.
+        """Append a contiguous tensor of the CPU, or megatron-core's empty object.
 
         The tensor must own its storage alone: torch writes the whole of it.
         """
         self._write(bytes(-self.size % ALIGNMENT))
         start = self.size
-        torch.save(value, _Sink(self))
+        # megatron-core keeps objects in lists of one.
+        content = [None] if value is None else value
+        sink = _Sink(self)
+        try:
+            torch.save(content, cast("IO[bytes]", sink))
+        except Exception as error:
+            # torch, which ends its archive all the same, would complain of a wrong position.
+            raise sink.error or error from None
         return Place(self.path.name, start, self.size - start)
 
     def _write(self, data: bytes | memoryview) -> int:
@@ -86,12 +98,20 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, target: BlobFile) -> None:
         self._target = target
+        self.error: OSError | None = None
+        """Why the first write failed."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        return self._target._write(data)
+        if self.error is not None:
+            raise self.error
+        try:
+            return self._target._write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -116,14 +136,12 @@ class BlobReader:
         if place.start + place.length > len(whole):
             raise CheckpointError(f"{where}: lies behind the end of the file")
         if not wanted <= place.length <= wanted + MOST_OVERHEAD:
-            raise CheckpointError(
-                f"{where}: {place.length} bytes for {wanted} bytes of values"
-            )
+            raise CheckpointError(f"{where}: {place.length} bytes for {wanted} bytes of values")
         if not numel:
             return torch.empty(0, dtype=dtype)
         try:
             start = place.start + _values_start(_Window(whole, place), wanted)
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError) as error:
+        except (zipfile.BadZipFile, struct.error, ValueError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{where}: not a tensor ({error})") from error
         if start + wanted > place.start + place.length:
             raise CheckpointError(f"{where}: its values go on behind its end")
@@ -131,24 +149,36 @@ class BlobReader:
             return torch.frombuffer(bytearray(whole[start : start + wanted]), dtype=dtype)
         return torch.frombuffer(whole, dtype=dtype, count=numel, offset=start)
 
+    def check_room(self, places: Iterable[Place]) -> None:
+        """Refuse blobs that together are larger than their files, before memory is asked for.
+
+        Raises:
+            CheckpointError: they are, or a file is missing.
+        """
+        wanted = Counter[str]()
+        for place in places:
+            wanted[place.file] += place.length
+        for name, length in wanted.items():
+            if length > len(self._map(name)):
+                raise CheckpointError(f"{self._folder / name}: too short for what it shall hold")
+
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
             path = self._folder / name
+            descriptor = open_regular(path)
             try:
-                # A link could lead anywhere.
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    # Private and writable, for torch; nothing is ever written to it.
-                    self._maps[name] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-                finally:
-                    os.close(descriptor)
+                # Private and writable, for torch; nothing is ever written to it.
+                self._maps[name] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            finally:
+                os.close(descriptor)
         return self._maps[name]
 
 
 def _values_start(window: "_Window", wanted: int) -> int:
     """Where in the blob the values begin."""
+    _check_list(window)
     with zipfile.ZipFile(window) as archive:
         members = [m for m in archive.infolist() if m.filename.endswith("/data/0")]
         if len(members) != 1:
@@ -164,6 +194,26 @@ def _values_start(window: "_Window", wanted: int) -> int:
             raise ValueError("its values have no header")
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return member.header_offset + _LOCAL_HEADER_BYTES + names
+
+
+def _check_list(window: "_Window") -> None:
+    """Refuse an archive whose list of members would fill the memory.
+
+    Its size stands at the end, and in archives of more than 4 GiB once more before that.
+    """
+    length = window.seek(0, os.SEEK_END)
+    window.seek(max(0, length - _END64_BYTES - _LOCATOR_BYTES - _END_BYTES))
+    tail = window.read()
+    end, end64 = tail[-_END_BYTES:], tail[: -_LOCATOR_BYTES - _END_BYTES]
+    if end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
+        raise ValueError("it does not end as an archive does")
+    sizes = [int.from_bytes(end[12:16], "little")]
+    if end64[:4] == b"PK\6\6" and len(end64) == _END64_BYTES:
+        sizes.append(int.from_bytes(end64[40:48], "little"))
+    if any(size > MOST_OVERHEAD and size != 0xFFFFFFFF for size in sizes):
+        raise ValueError("its list of members is too long")
+    if sizes == [0xFFFFFFFF]:
+        raise ValueError("its list of members has no size")
 
 
 class _Window(io.RawIOBase):

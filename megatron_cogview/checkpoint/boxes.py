@@ -22,9 +22,7 @@ class Box:
         starts = [max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True)]
         ends = [
             min(a + m, b + n)
-            for a, m, b, n in zip(
-                self.offsets, self.sizes, other.offsets, other.sizes, strict=True
-            )
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         ]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             return None

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_cogview.configs.errors import CheckpointError, DataError
+from megatron_cogview.checkpoint.index import read_bytes
+from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.storage.atomic import fsync_directory, write_text
 from megatron_cogview.storage.digest import (
     read_json_with_digest,
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 POINTER = "latest"
 """A file with the name of the newest checkpoint, for people and scripts; loading looks itself."""
+MAX_MANIFEST_BYTES = 1 << 26
+MOST_STEPS = 1 << 53
 _TEMPORARY = ".incomplete"
 _REPLACED = ".replaced"
 
@@ -44,12 +47,13 @@ def temporary_directory(root: Path, step: int) -> Path:
 def prepare(root: Path, step: int) -> None:
     """Make the temporary directory, and clear away what killed processes left."""
     root.mkdir(parents=True, exist_ok=True)
+    # A network file system may keep a file that someone has open; that is no reason not to save.
     for stale in root.glob(f"*{_TEMPORARY}"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)
     for aside in root.glob(f"*{_REPLACED}"):
         final = root / aside.name.removesuffix(_REPLACED)
         if final.exists():
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(aside, final)
     temporary_directory(root, step).mkdir()
@@ -72,12 +76,18 @@ def commit(
 
     Returns:
         The checkpoint.
+
+    Raises:
+        OSError: the disk refuses, or a file is gone.
     """
     temporary, final = temporary_directory(root, step), root / checkpoint_name(step)
-    listed = {}
-    for path in _files(temporary):
+    found, listed = _files(temporary), {}
+    gone = set(files) - {path.name for path in found}
+    if gone:
+        raise OSError(f"{temporary}: {min(gone)} is not there any more")
+    for path in found:
         name = str(path.relative_to(temporary))
-        size, digest = files[name] if name in files else _flushed(path)
+        size, digest = files[name] if name in files else flushed(path)
         listed[name] = {"bytes": size, "sha256": digest}
     manifest = {"step": step, "state": dict(state), "files": listed}
     write_json_with_digest(temporary / MANIFEST, manifest)
@@ -86,15 +96,25 @@ def commit(
     if final.exists():
         # A resumed run saves this step again; the first one stands aside until the second is there.
         os.rename(final, aside)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
     fsync_directory(root)
-    write_text(root / POINTER, final.name + "\n")
+    try:
+        write_text(root / POINTER, final.name + "\n")
+    except OSError as error:
+        # It is for people; the checkpoint is there.
+        logger.warning("%s: not updated: %s", root / POINTER, error)
     if aside.exists():
         shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
-def _flushed(path: Path) -> tuple[int, str]:
+def flushed(path: Path) -> tuple[int, str]:
+    """Put a file on the disk; gives its bytes and SHA-256."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return path.stat().st_size, sha256_file(path)
@@ -105,28 +125,49 @@ def discard(root: Path, step: int) -> None:
     shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
 
 
-def retain(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the newest ``keep`` checkpoints and those of multiples of ``keep_every``."""
-    for old in [p for p in _candidates(root) if (p / MANIFEST).is_file()][keep:]:
-        if not (keep_every and _step_of(old) % keep_every == 0):
-            _remove(old)
+def retain(root: Path, keep: int, keep_every: int = 0, newest: int = MOST_STEPS) -> list[Path]:
+    """Keep the newest ``keep`` checkpoints and those of multiples of ``keep_every``.
+
+    The others are renamed, so that nobody finds them; gives them, for :func:`remove`.
+
+    Those of more than ``newest`` steps do not count and stay: a run that goes on from an older one
+    has found them damaged.
+    """
+    known = [p for p in _candidates(root) if _step_of(p) <= newest and (p / MANIFEST).is_file()]
+    old = (p for p in known[keep:] if not (keep_every and _step_of(p) % keep_every == 0))
+    return [_taken_out(directory) for directory in old]
 
 
-def _remove(directory: Path) -> None:
+def _taken_out(directory: Path) -> Path:
     # A removal that is interrupted must not leave half a checkpoint under a good name.
     doomed = directory.with_name(directory.name + _TEMPORARY)
     os.rename(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
+
+
+def remove(directories: Sequence[Path]) -> None:
+    """Remove them, as far as the disk lets us; the next save tries again."""
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def remove_newer(root: Path, step: int) -> None:
-    """Remove checkpoints of more than ``step`` steps.  All ranks call it together."""
+    """Remove checkpoints of more than ``step`` steps.  All ranks call it together.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        for directory in _candidates(root):
-            if _step_of(directory) > step:
-                _remove(directory)
-        write_text(root / POINTER, checkpoint_name(step) + "\n")
-    dist.barrier()
+        try:
+            newer = [p for p in _candidates(root) if _step_of(p) > step]
+            remove([_taken_out(directory) for directory in newer])
+            write_text(root / POINTER, checkpoint_name(step) + "\n")
+        except OSError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(f"{root}: newer checkpoints cannot be removed: {problem[0]}")
 
 
 def _files(directory: Path) -> list[Path]:
@@ -151,19 +192,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, or names files outside of the folder.
     """
+    path = directory / MANIFEST
+    # Not a pipe, no link, and of a size that can be looked at.
+    if len(read_bytes(path, MAX_MANIFEST_BYTES + 1)) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: larger than any manifest")
     try:
-        manifest = read_json_with_digest(directory / MANIFEST)
-    except (DataError, OSError) as error:
+        manifest = read_json_with_digest(path)
+    # One that carries its digest may still be anything.
+    except (ValueError, TypeError, LookupError, OSError, RecursionError) as error:
         raise CheckpointError(f"{directory}: manifest cannot be read: {error}") from error
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not isinstance(manifest.get("step"), int):
-        raise CheckpointError(f"{directory / MANIFEST}: names no files or no step")
+    files, step = manifest.get("files"), manifest.get("step")
+    if not isinstance(files, dict) or type(step) is not int or not 0 <= step < MOST_STEPS:
+        raise CheckpointError(f"{path}: names no files or no step")
+    if not isinstance(manifest.get("state"), dict):
+        raise CheckpointError(f"{path}: says nothing about the run")
     for name, about in files.items():
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts or not parts:
-            raise CheckpointError(f"{directory / MANIFEST}: {name!r} is no file of its folder")
-        if not isinstance(about, dict) or {"bytes", "sha256"} - set(about):
-            raise CheckpointError(f"{directory / MANIFEST}: {name!r} has no size or no hash")
+            raise CheckpointError(f"{path}: {name!r} is no file of its folder")
+        if not isinstance(about, dict) or type(about.get("bytes")) is not int:
+            raise CheckpointError(f"{path}: {name!r} has no size")
+        if not isinstance(about.get("sha256"), str):
+            raise CheckpointError(f"{path}: {name!r} has no hash")
     return manifest
 
 
@@ -174,15 +224,15 @@ def check_file(directory: Path, name: str, about: Mapping[str, Any]) -> None:
         CheckpointError: it is missing, a link, or damaged.
     """
     path = directory / name
-    # A link leads to what this manifest does not answer for.
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path}: missing")
-    if path.stat().st_size != about["bytes"]:
-        raise CheckpointError(f"{path}: size differs from the manifest's")
     try:
+        # A link leads to what this manifest does not answer for.
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if path.stat().st_size != about["bytes"]:
+            raise CheckpointError(f"{path}: size differs from the manifest's")
         digest = sha256_file(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if digest != about["sha256"]:
         raise CheckpointError(f"{path}: content differs from the manifest's SHA-256")
 
@@ -207,7 +257,7 @@ def verify(directory: Path) -> dict[str, Any]:
 def newest_valid(root: Path, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; None when there are none.
 
-    All ranks call it together; each hashes a share of the files.
+    All ranks call it together, each hashes a share of the files; or one process without ranks.
 
     Args:
         root: folder of a run's checkpoints.
@@ -224,7 +274,7 @@ def newest_valid(root: Path, before: int | None = None) -> tuple[Path, dict[str,
             assert manifest is not None
             return directory, manifest
         problems.append(problem)
-        if dist.get_rank() == 0:
+        if _rank_and_size()[0] == 0:
             logger.warning("checkpoint skipped, trying an older one: %s", problem)
     if problems:
         raise CheckpointError(f"{root}: no checkpoint is whole: " + "; ".join(problems))
@@ -235,10 +285,15 @@ def _names(root: Path, before: int | None) -> list[str]:
     return [p.name for p in _candidates(root) if before is None or _step_of(p) < before]
 
 
+def _rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _agreed(mine: Sequence[str]) -> list[str]:
     """What rank 0 sees."""
     box = [list(mine)]
-    dist.broadcast_object_list(box, src=0)
+    if _rank_and_size()[1] > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -247,13 +302,17 @@ def _verified_together(directory: Path) -> tuple[dict[str, Any] | None, str | No
     manifest, problem = None, None
     try:
         manifest = read_manifest(directory)
+        if manifest["step"] != _step_of(directory):
+            raise CheckpointError(f"{directory}: holds the checkpoint of step {manifest['step']}")
         names = sorted(manifest["files"])
         # By size, so that the few large files go to different ranks.
-        names.sort(key=lambda name: -int(manifest["files"][name]["bytes"]))
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
+        names.sort(key=lambda name: -manifest["files"][name]["bytes"])
+        rank, size = _rank_and_size()
+        for name in names[rank::size]:
             check_file(directory, name, manifest["files"][name])
     except (CheckpointError, OSError, ValueError) as error:
         problem = str(error)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
+    everyone: list[str | None] = [problem] * _rank_and_size()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, problem)
     return manifest, next((each for each in everyone if each is not None), None)

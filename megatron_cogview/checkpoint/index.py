@@ -5,7 +5,10 @@ written with torch's classes and read by :mod:`~megatron_cogview.checkpoint.iner
 nothing of it.
 """
 
+import os
 import pickle
+import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +24,17 @@ from megatron_cogview.configs.errors import CheckpointError
 
 FILE = ".metadata"
 MAX_DIMENSIONS = 8
+MAX_TEXT = 1000
+"""Characters of a tensor's key."""
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        *(torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
 
@@ -61,6 +69,9 @@ def write_index(path: Path, entries: Iterable[Entry], objects: Mapping[str, Plac
         path: the file; must not exist yet.
         entries: every part of every tensor.
         objects: further blobs by key, which other readers may ask for.
+
+    Raises:
+        ValueError: two parts of a tensor begin in the same place, so that neither can be found.
     """
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
@@ -69,8 +80,12 @@ def write_index(path: Path, entries: Iterable[Entry], objects: Mapping[str, Plac
             properties = dcp.TensorProperties(dtype)
             tensors[key] = dcp.TensorStorageMetadata(properties, torch.Size(shape), [])
         offsets = torch.Size(box.offsets)
+        if dcp.MetadataIndex(key, offsets) in places:
+            raise ValueError(f"{key} is written twice at {box.offsets}")
         tensors[key].chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(box.sizes)))
-        places[dcp.MetadataIndex(key, offsets)] = _StorageInfo(place.file, place.start, place.length)
+        places[dcp.MetadataIndex(key, offsets)] = _StorageInfo(
+            place.file, place.start, place.length
+        )
     for key, place in objects.items():
         tensors[key] = dcp.BytesStorageMetadata()
         places[dcp.MetadataIndex(key)] = _StorageInfo(place.file, place.start, place.length)
@@ -85,15 +100,44 @@ def read_index(path: Path) -> Index:
         CheckpointError: it cannot be read, is damaged, or speaks of anything but tensors in files
             of its own folder.
     """
+    # A byte more than is allowed is enough to refuse it.
+    data = read_bytes(path, inert.MAX_BYTES + 1)
     try:
-        # A byte more than is allowed is enough to refuse it.
-        with path.open("rb") as file:
-            data = file.read(inert.MAX_BYTES + 1)
         return _index(inert.loads(data))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a file that is no link, and nothing that waits or never ends.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        # A link could lead anywhere; a pipe would wait for its other end.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise CheckpointError(f"{path}: cannot be read (not a file)")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The first ``most`` bytes of such a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:
+            # What is asked for is allocated, also for a file of ten bytes.
+            return file.read(min(most, os.fstat(file.fileno()).st_size))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _index(root: Any) -> Index:
@@ -103,11 +147,15 @@ def _index(root: Any) -> Index:
         about = _fields(key, "MetadataIndex")
         if about.get("offset") is not None:
             name, offsets = _text(about.get("fqn")), _sizes(about["offset"])
+            if (name, offsets) in places:
+                raise CheckpointError(f"{name!r} has two places for one part")
             places[name, offsets] = _place(value)
     index: Index = {}
     for key, value in _items(fields.get("state_dict_metadata")):
+        if _text(key) in index:
+            raise CheckpointError(f"{key!r} stands there twice")
         if _is(value, "TensorStorageMetadata"):
-            index[_text(key)] = _stored(_text(key), _fields(value, "TensorStorageMetadata"), places)
+            index[key] = _stored(key, _fields(value, "TensorStorageMetadata"), places)
         elif not _is(value, "BytesStorageMetadata"):
             raise CheckpointError(f"{_text(key)!r} is neither a tensor nor an object")
     return index
@@ -127,16 +175,18 @@ def _stored(
         inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
             a + n <= whole for a, n, whole in zip(box.offsets, box.sizes, shape, strict=True)
         )
-        if not inside or (key, box.offsets) not in places:
-            raise CheckpointError(f"{key!r} has a part that lies outside of it, or nowhere")
-        stored.parts.append((box, places[key, box.offsets]))
+        # Taken out, or a list of parts that many tensors share would be read for each of them.
+        place = places.pop((key, box.offsets), None)
+        if not inside or place is None:
+            raise CheckpointError(f"{key!r} has a part that lies outside of it, twice, or nowhere")
+        stored.parts.append((box, place))
     return stored
 
 
 def _place(value: Any) -> Place:
     fields = _fields(value, "_StorageInfo")
     name = _text(fields.get("relative_path"))
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not FILE_NAME.fullmatch(name):
         raise CheckpointError(f"it points to {name!r}, which is no file of its own folder")
     if fields.get("transform_descriptors"):
         raise CheckpointError(f"{name!r} is compressed or otherwise transformed")
@@ -172,9 +222,9 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
         return value
-    raise CheckpointError(f"{type(value).__name__} in the place of a text")
+    raise CheckpointError(f"{type(value).__name__} in the place of a text, or a very long one")
 
 
 def _count(value: Any) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 from megatron_cogview.configs.errors import CheckpointError
 
 MAX_BYTES = 1 << 29
-MAX_OPCODES = 100_000_000
+MAX_OPCODES = 50_000_000
+"""A part of a tensor takes some forty; an opcode, at worst, 200 bytes of memory."""
 MAX_INTEGER_BITS = 63
 
 ALLOWED_MODULES = {
@@ -28,7 +29,9 @@ ALLOWED_MODULES = {
     "torch": {
         *("Size", "device"),
         *("float64", "float32", "float16", "bfloat16"),
-        *("int64", "int32", "int16", "int8", "uint8", "bool"),
+        *("int64", "int32", "int16", "int8", "bool"),
+        *("uint64", "uint32", "uint16", "uint8"),
+        *("complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
     },
     "collections": {"OrderedDict", "defaultdict"},
     "builtins": {"list", "dict"},
@@ -96,7 +99,7 @@ class _Machine:
         """Follow one opcode."""
         if name in _LITERALS:
             if isinstance(argument, int) and argument.bit_length() > MAX_INTEGER_BITS:
-                raise CheckpointError(f"a damaged index (an integer of {argument.bit_length()} bits)")
+                raise CheckpointError("a damaged index (an integer that is no size)")
             self.stack.append(argument)
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
@@ -152,9 +155,13 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         """Put a mark for a name on top."""
         allowed = ALLOWED_MODULES.get(module, set()) if isinstance(module, str) else set()
-        if not isinstance(name, str) or (allowed is not None and name not in allowed) or "." in name:
+        if (
+            not isinstance(name, str)
+            or (allowed is not None and name not in allowed)
+            or "." in name
+        ):
             raise CheckpointError(
-                f"the index names {ascii(module)[:80]}.{ascii(name)[:80]}, which no checkpoint needs; "
+                f"the index names {_shown(module)}.{_shown(name)}, which no checkpoint needs; "
                 "nothing was run, and nothing is loaded from it"
             )
         self.stack.append(Name(module, name))
@@ -172,6 +179,11 @@ class _Machine:
         if not isinstance(target, Made) or target.state is not None:
             raise CheckpointError("a damaged index (a state for something that takes none)")
         target.state = state
+
+
+def _shown(value: Any) -> str:
+    """A text for a message.  Anything else may be larger, written out, than all memory."""
+    return ascii(value[:80])[1:-1] if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
 _LITERALS = {

@@ -54,19 +54,25 @@ class CheckpointReader:
                 f"{self.folder}: {piece.key} has shape {stored.shape}, and this model's has "
                 f"{piece.shape}"
             )
-        filled = 0
-        for number in boxes.touching(piece.box):
+        filled, touching = 0, boxes.touching(piece.box)
+        # Parts that overlap could add up to the right number and leave a hole.
+        covered = torch.zeros(piece.box.sizes, dtype=torch.bool) if len(touching) > 1 else None
+        for number in touching:
             box, place = stored.parts[number]
             common = piece.box.overlap(box)
             if common is None:
                 continue
+            filled += common.numel
+            if filled > piece.box.numel:
+                raise CheckpointError(f"{self.folder}: {piece.key} has parts that overlap")
             values = self._blobs.read(place, stored.dtype, box.numel).view(box.sizes)
             target = piece.data[common.slices_in(piece.box)]
             target.copy_(values[common.slices_in(box)])
-            filled += common.numel
-        if filled != piece.box.numel:
+            if covered is not None:
+                covered[common.slices_in(piece.box)] = True
+        if filled != piece.box.numel or (covered is not None and not covered.all()):
             raise CheckpointError(
-                f"{self.folder}: {piece.key} has {filled} of the {piece.box.numel} values wanted"
+                f"{self.folder}: {piece.key} lacks some of the {piece.box.numel} values wanted"
             )
 
     def whole(self, key: str) -> torch.Tensor:
@@ -75,14 +81,25 @@ class CheckpointReader:
         Raises:
             CheckpointError: its parts are not all there.
         """
+        stored = self.index.get(key)
+        if stored is None:
+            raise CheckpointError(f"{self.folder}: holds no {key!r}")
+        return self.part(key, Box((0,) * len(stored.shape), stored.shape))
+
+    def part(self, key: str, box: Box) -> torch.Tensor:
+        """A part of a tensor that is there.
+
+        Raises:
+            CheckpointError: not all of its values are.
+        """
         stored = self.index[key]
+        # Before memory is asked for.
         held = sum(place.length for _, place in stored.parts)
         if math.prod(stored.shape) * stored.dtype.itemsize > held:
-            # Before memory is asked for.
             raise CheckpointError(f"{self.folder}: {key} has {held} bytes, too few for its shape")
-        data = torch.empty(stored.shape, dtype=stored.dtype)
-        everything = Box((0,) * len(stored.shape), stored.shape)
-        self.fill([Piece(key, stored.shape, everything, data, False)])
+        self._blobs.check_room(place for _, place in stored.parts)
+        data = torch.empty(box.sizes, dtype=stored.dtype)
+        self.fill([Piece(key, stored.shape, box, data, False)])
         return data
 
 

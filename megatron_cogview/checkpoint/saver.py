@@ -10,13 +10,16 @@ What a disk refuses ends a save, never a run, and never harms the checkpoints th
 
 import logging
 import threading
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_cogview.checkpoint import commit
+from megatron_cogview.checkpoint.common import FILE as COMMON
 from megatron_cogview.checkpoint.common import write_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.index import write_index
@@ -62,6 +65,7 @@ class Saver:
         self.last_error: str | None = None
         self._snapshot = Snapshot(topology.device.type == "cuda")
         self._thread: threading.Thread | None = None
+        self._removal: threading.Thread | None = None
         self._step = 0
         self._manifest_state: dict[str, Any] = {}
         self._common: dict[str, Any] = {}
@@ -98,23 +102,34 @@ class Saver:
         if self._error is not None:
             return
         objects = list(state.objects)
-        if self.asynchronous:
-            self._thread = threading.Thread(
-                target=self._write, args=(objects,), name="checkpoint", daemon=True
-            )
-            self._thread.start()
-        else:
+        if not self.asynchronous:
             self._write(objects)
+            return
+        thread = threading.Thread(
+            target=self._write, args=(objects,), name="checkpoint", daemon=True
+        )
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError as error:
+            self._error = f"rank {self.topology.rank}: {error}"
 
     def _prepare(self) -> str | None:
         """Rank 0 makes the folder; everyone learns whether there is one."""
-        outcome: list[str | None] = [None]
+        problem = None
         if self.topology.is_main:
+            self._finish_removal()
             try:
                 commit.prepare(self.root, self._step)
             except OSError as error:
-                outcome[0] = str(error)
-        dist.broadcast_object_list(outcome, src=0)
+                problem = str(error)
+        return self._from_main(problem)
+
+    def _from_main(self, problem: str | None) -> str | None:
+        """What rank 0 says, on every rank."""
+        outcome = [problem]
+        if self.topology.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
         return outcome[0]
 
     def _copy(self, state: ShardedState) -> str | None:
@@ -128,7 +143,10 @@ class Saver:
     def _write(self, objects: list[str]) -> None:
         folder = commit.temporary_directory(self.root, self._step)
         try:
-            self._written = self._snapshot.write(folder, self.topology.rank, objects)
+            written = self._snapshot.write(folder, self.topology.rank, objects)
+            if self.topology.is_main:
+                written.files.update(describe(folder, self._common))
+            self._written = written
         except Exception as error:
             # Whatever it is, it is this save's end and not the run's.
             self._error = f"rank {self.topology.rank}: {error}"
@@ -141,51 +159,80 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join()
-        everyone: list[tuple[Written | None, str | None]] | None = None
-        if self.topology.is_main:
-            everyone = [(None, None)] * self.topology.world_size
-        dist.gather_object((self._written, self._error), everyone, dst=0)
-        outcome: list[str | None] = [None]
-        if everyone is not None:
-            outcome[0] = self._commit_all(everyone)
-        dist.broadcast_object_list(outcome, src=0)
+        mine = (self._written, self._error)
+        everyone = [mine] * self.topology.world_size if self.topology.is_main else None
+        if self.topology.world_size > 1:
+            dist.gather_object(mine, everyone, dst=0)
+        problem = self._from_main(None if everyone is None else self._commit_all(everyone))
         self._in_flight, self._thread, self._written = False, None, None
-        if outcome[0] is None:
+        if problem is None:
             return self.root / commit.checkpoint_name(self._step)
         self.failures += 1
-        self.last_error = outcome[0]
+        self.last_error = problem
         return None
 
     def wait(self) -> Path | None:
-        """:meth:`commit` as soon as this and every other rank has written; None without a save."""
-        if not self._in_flight:
-            return None
-        return self.commit()
+        """:meth:`commit` as soon as this and every other rank has written; None without a save.
+
+        Old checkpoints are gone when it returns.
+        """
+        saved = self.commit() if self._in_flight else None
+        self._finish_removal()
+        return saved
+
+    def _finish_removal(self) -> None:
+        if self._removal is not None and self._removal.ident is not None:
+            self._removal.join()
 
     def _commit_all(self, everyone: list[tuple[Written | None, str | None]]) -> str | None:
         """Rank 0's part; gives what went wrong."""
         try:
-            problems = [error for _, error in everyone if error is not None]
+            problems = [
+                error or f"rank {rank}: wrote nothing"
+                for rank, (written, error) in enumerate(everyone)
+                if written is None
+            ]
             if problems:
                 raise OSError("; ".join(dict.fromkeys(problems)))
-            folder = commit.temporary_directory(self.root, self._step)
             parts = [written for written, _ in everyone if written is not None]
-            objects = {k: place for part in parts for k, place in part.objects.items()}
+            objects = {key: place for part in parts for key, place in part.objects.items()}
             entries = [entry for part in parts for entry in part.entries]
-            write_index(folder / INDEX, entries, objects)
-            write_common(folder, self._common)
-            (folder / "metadata.json").write_text(_BACKEND, encoding="utf-8")
+            write_index(commit.temporary_directory(self.root, self._step) / INDEX, entries, objects)
             files = {name: about for part in parts for name, about in part.files.items()}
             commit.commit(self.root, self._step, self._manifest_state, files)
-        except OSError as error:
+        except Exception as error:
+            # The other ranks wait for the outcome, whatever it is.
             commit.discard(self.root, self._step)
             logger.error("checkpoint of step %d: not saved: %s", self._step, error)
             return str(error)
         try:
-            commit.retain(self.root, self.keep, self.keep_every)
-        except OSError as error:
+            old = commit.retain(self.root, self.keep, self.keep_every, newest=self._step)
+            # The removal of large files takes longer than all of the above.
+            self._removal = threading.Thread(
+                target=commit.remove, args=(old,), name="old checkpoints", daemon=True
+            )
+            self._removal.start()
+        except (OSError, RuntimeError) as error:
             logger.warning("%s: old checkpoints could not be removed: %s", self.root, error)
         return None
+
+
+def describe(folder: Path, common: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Write what a checkpoint needs beside tensors and their index.
+
+    Args:
+        folder: the checkpoint to be.
+        common: JSON values that are the same on all ranks.
+
+    Returns:
+        Bytes and SHA-256 by name.
+    """
+    write_common(folder, dict(common))
+    (folder / "metadata.json").write_text(_BACKEND, encoding="utf-8")
+    # megatron-core does not read a checkpoint without it; nobody here ever opens it.
+    torch.save({}, folder / "common.pt")
+    names = (COMMON, "metadata.json", "common.pt")
+    return {name: commit.flushed(folder / name) for name in names}
 
 
 _BACKEND = (

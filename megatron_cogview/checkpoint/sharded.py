@@ -115,7 +115,8 @@ def _weights(chunks: Sequence[CogViewModel], topology: Topology) -> Iterator[_We
 
 def _box_sizes(sharded: ShardedTensor) -> tuple[int, ...]:
     """Layers stand one after the other along axes that a layer's own tensor does not have."""
-    return (1,) * sharded.prepend_axis_num + tuple(sharded.local_shape)
+    layers: tuple[int, ...] = (1,) * sharded.prepend_axis_num
+    return layers + tuple(sharded.local_shape)
 
 
 def _described(chunk: CogViewModel, topology: Topology) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class Snapshot:
             for key in objects:
                 written.objects[key] = file.add(None)
             written.files[file.path.name] = (file.size, file.finish())
+        # They know the live tensors, which may be gone long before the next save.
+        self._copies = []
         return written
 
 

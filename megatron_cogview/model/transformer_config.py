@@ -1,5 +1,6 @@
 """Our configuration as megatron-core's TransformerConfig."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,16 @@ def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
     Fused element-wise paths of megatron-core stay off: they need a GPU, and its fused GELU and
     dropout-add do not pass through the slots that hold CogView's norms.
     """
-    model, parallel = config.model, config.parallel
-    with_cuda = torch.cuda.is_available()
-    interleaved = parallel.virtual_pipeline > 1
     dtype = resolve_dtype(config.precision)
+    with warnings.catch_warnings():
+        # It asks whether attention that is recomputed is fused: _recompute_settings has looked.
+        warnings.filterwarnings("ignore", "If you are using transformer_engine")
+        return _settings(config, dtype)
+
+
+def _settings(config: RunConfig, dtype: torch.dtype) -> CogViewTransformerConfig:
+    model, parallel = config.model, config.parallel
+    interleaved = parallel.virtual_pipeline > 1
     return CogViewTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -58,7 +65,7 @@ def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
         pipeline_dtype=dtype,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not with_cuda,
+        use_cpu_initialization=not torch.cuda.is_available(),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -67,6 +74,8 @@ def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
+        # The token table's gradient is then added up in one order.
+        deterministic_mode=config.training.deterministic,
         cogview_norm=model.norm,
         cogview_attention=model.attention,
         embedding_gradient_scale=model.embedding_gradient_scale,

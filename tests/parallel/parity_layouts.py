@@ -13,7 +13,7 @@ from tests.parallel.cases import run_config
 GLOBAL_BATCH = 12
 """Divisible among one to four data-parallel ranks."""
 MAX_PROCESSES = 4
-SEED = 23
+SEED = 25
 UPDATES: dict[str, dict[str, bool]] = {
     "whole": {},
     "whole, overlapped": {"overlap_gradients": True},
@@ -147,7 +147,7 @@ def covering_list(cases: Iterable[Case]) -> list[Case]:
     """
     remaining = {case: pairs(case) for case in cases}
     order = sorted(remaining, key=lambda case: case.name)
-    # Shuffled, so that equally good cases are not all alike; of 25 seeds this gave the fewest.
+    # Shuffled, so that equally good cases are not all alike; of 40 seeds this gave the fewest.
     random.Random(SEED).shuffle(order)
     missing = set().union(*remaining.values())
     chosen = []

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pytest
 
 from megatron_cogview.testing.closeness import relative_rms
+from megatron_cogview.testing.forked import run_forked
 from tests.parallel.parity_faults import FAULTS
 from tests.parallel.parity_laboratory import (
     BOUND,
@@ -130,6 +131,39 @@ def test_models_differ_by_far_more_than_the_bound(laboratory: Laboratory) -> Non
         tables[model] = gradients["embedding.position_embeddings.weight"]
     for model in ("pivot", "released_norm", "pre"):
         assert relative_rms(tables[model], tables["paper"]) > 10 * BOUND
+
+
+AXES: dict[str, dict[str, object]] = {
+    "replicas": {},
+    "tensor": {"tensor": 2},
+    "tensor and sequence": {"tensor": 2, "sequence": True},
+    "pipeline": {"pipeline": 2},
+    "interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+}
+"""Two processes each."""
+
+
+def test_recomputation_draws_the_same_dropout_and_pivots() -> None:
+    """Loss, gradients and weights of every rank are the same bits, whatever is recomputed."""
+    layouts = {
+        f"{axes}, {model}, {recompute}": {
+            "model": model,
+            "parallel": {**parallel, "recompute": recompute},
+        }
+        for axes, parallel in AXES.items()
+        for model in ("eq4", "pivot")
+        for recompute in ("none", "selective", "full")
+    }
+    first = next(iter(layouts))
+    layouts = {"another seed": {**layouts[first], "seed": 2}, "again": layouts[first], **layouts}
+    target = "tests.parallel.parity_recompute:recompute"
+    (result,) = run_forked([(target, 2, {"layouts": layouts})], timeout_s=240)
+    for name in layouts:
+        if name.endswith(("selective", "full")):
+            assert result[name] == result[name.rpartition(" ")[0] + " none"], name
+    assert result["again"] == result[first]
+    # Dropout is on: other draws, another loss.
+    assert result["another seed"]["loss"] != result[first]["loss"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tests.parallel.training_cases import STEPS
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
-    "pp2_recompute": {"pipeline": 2, "recompute": True},
+    "pp2_recompute": {"pipeline": 2, "recompute": "full"},
     "dp2_distributed": {"distributed_optimizer": True},
 }
 

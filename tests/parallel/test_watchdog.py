@@ -1,13 +1,16 @@
 """The watchdog, on ranks that are stopped, stuck, slow or simply done."""
 
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_cogview.testing.train_faults.world import World
-from megatron_cogview.training.watchdog import HANG_EXIT_CODE
+from megatron_cogview.training.watchdog import HANG_EXIT_CODE, Watchdog
 from tests.parallel import watchdog_cases as cases
 from tests.parallel.watchdog_cases import TIMEOUT_S, train
 
@@ -124,3 +127,12 @@ def test_an_error_ends_the_ranks_as_it_would_without_a_watchdog(tmp_path: Path) 
         assert not {0, HANG_EXIT_CODE, None} & set(world.codes()), said(tmp_path)
     assert "a bad record" in said(tmp_path)
     assert "hang: " not in said(tmp_path)
+
+
+def test_switched_off_it_needs_nobody(tmp_path: Path) -> None:
+    place: Any = SimpleNamespace(rank=0)
+    before = threading.active_count()
+    with Watchdog(place, 0.0, tmp_path) as watchdog:
+        watchdog.beat(1, "data")
+        with watchdog.allow(9.0):
+            assert threading.active_count() == before

@@ -12,6 +12,7 @@ from megatron_cogview.configs.budget import (
     choose_layout,
     chunks_in_flight,
     flops_per_token,
+    kept_layer_bytes,
     largest_budget,
     layer_activation_bytes,
     logits_bytes,
@@ -158,7 +159,7 @@ def test_no_dropout_keeps_no_masks() -> None:
 
 
 def test_recomputation_keeps_layer_inputs_and_one_layer() -> None:
-    config = replace(base_4b(), parallel=ParallelConfig(recompute=True))
+    config = replace(base_4b(), parallel=ParallelConfig(recompute="full"))
     hidden = 1088 * 4 * 2560
     ends = hidden + 2 * 2 * hidden  # embedding mask; inputs of final norm and head
     assert activation_bytes(config, 0, 1) == (
@@ -236,7 +237,7 @@ def test_the_smallest_layout_that_fits_is_chosen() -> None:
         for tensor, pipeline in [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4, 5, 8)]:
             if tensor * pipeline < layout.model_ranks and 64 % (tensor * pipeline) == 0:
                 smaller = replace(
-                    layout, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, recompute=False
+                    layout, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, recompute="none"
                 )
                 budget = largest_budget(replace(config, parallel=smaller), 64)
                 assert budget.total_bytes > USABLE_FRACTION * gib * GIB
@@ -245,9 +246,39 @@ def test_the_smallest_layout_that_fits_is_chosen() -> None:
 
 def test_recomputation_is_the_last_resort() -> None:
     config = replace(base_4b(), training=replace(base_4b().training, micro_batch_size=64))
-    assert not choose_layout(base_4b(), 1, 141 * GIB).recompute
-    assert choose_layout(config, 8, 80 * GIB).recompute is False
-    assert choose_layout(config, 1, 192 * GIB).recompute
+    assert choose_layout(base_4b(), 1, 141 * GIB).recompute == "none"
+    assert choose_layout(config, 8, 80 * GIB).recompute == "none"
+    # Its attention is fused and keeps no scores: there is nothing between none and full.
+    assert choose_layout(config, 1, 192 * GIB).recompute == "full"
+    assert choose_layout(fashion_3b(), 1, 141 * GIB).recompute == "selective"
+
+
+def test_selective_gives_up_what_attention_keeps() -> None:
+    """Scores of three-region attention, of all layers but the one whose backward pass runs."""
+    config = fashion_3b()
+    m, tokens = config.model, config.sequence.model_length * config.training.micro_batch_size
+    # bf16: softmax, dropout mask and result, for each pair of query and key.
+    scores = tokens * config.sequence.model_length * m.num_heads * (2 + 1 + 2)
+    config = replace(config, parallel=ParallelConfig())
+    selective = replace(config, parallel=ParallelConfig(recompute="selective"))
+    saved = activation_bytes(config, 0, 1) - activation_bytes(selective, 0, 1)
+    assert saved == (m.num_layers - 1) * scores
+    assert kept_layer_bytes(selective) == layer_activation_bytes(config) - scores
+    # A fused kernel keeps no scores, so there nothing is given up.
+    fused = replace(base_4b(), parallel=ParallelConfig(recompute="selective"))
+    assert activation_bytes(fused, 0, 1) == activation_bytes(base_4b(), 0, 1)
+
+
+def test_automatic_layouts_keep_what_was_asked_for() -> None:
+    overlapped = ParallelConfig(
+        distributed_optimizer=True, overlap_gradients=True, overlap_parameters=True
+    )
+    layout = choose_layout(replace(base_4b(), parallel=overlapped), 64, 80 * GIB)
+    assert layout.overlap_gradients and layout.overlap_parameters
+    alone = choose_layout(replace(base_4b(), parallel=overlapped), 1, 141 * GIB)
+    assert not alone.overlap_parameters
+    selective = replace(base_4b(), parallel=ParallelConfig(recompute="selective"))
+    assert choose_layout(selective, 8, 80 * GIB).recompute == "selective"
 
 
 def test_what_does_not_fit_is_refused() -> None:

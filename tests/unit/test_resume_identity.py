@@ -10,7 +10,7 @@ from megatron_cogview.configs.data import DataConfig
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.configs.presets import tiny
 from megatron_cogview.configs.run import RunConfig
-from megatron_cogview.training.trainer import must_stay
+from megatron_cogview.training.checkpoints import must_stay
 
 PRINTS = {"text": "t", "image": "i", "data": "d"}
 

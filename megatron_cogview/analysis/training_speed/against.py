@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from megatron_cogview.analysis.training_speed.plain import PlainModel, PlainTrainer
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.batch import Batch
@@ -84,4 +82,3 @@ def check_same_model(first_loss: Mapping[str, float]) -> None:
     ours, plain = first_loss["ours"], first_loss["plain"]
     if not abs(ours - plain) <= SAME_LOSS * abs(ours):
         raise RuntimeError(f"the plain model is not ours: first losses {ours!r} and {plain!r}")
-

@@ -61,7 +61,8 @@ class PlainModel(nn.Module):
         super().__init__()
         norm = config.norm
         if config.attention.kind != "dense" or not (
-            norm.relax_rule == "none" or (norm.relax_rule, norm.relax_scope) == ("token_max", "final")
+            norm.relax_rule == "none"
+            or (norm.relax_rule, norm.relax_scope) == ("token_max", "final")
         ):
             raise ValueError("the plain model knows dense attention and the paper's norms only")
         h = config.hidden_size

@@ -69,9 +69,7 @@ def _micro() -> RunConfig:
         preset=MICRO,
         model=model,
         image_tokenizer=replace(tokenizer, image_size=4 << tokenizer.downsampling_layers),
-        sequence=replace(
-            base.sequence, codes_per_side=(4,), length=base.sequence.length - saved
-        ),
+        sequence=replace(base.sequence, codes_per_side=(4,), length=base.sequence.length - saved),
     )
 
 

@@ -29,7 +29,7 @@ from megatron_cogview.testing.train_faults.world import World
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 STEPS, LR = 4, 1e-3
-TRIALS_PER_LAUNCH = 50
+TRIALS_PER_LAUNCH = 25
 NUMBERS = (math.nan, math.inf, -math.inf)
 PLACES = ("activation", "loss", "gradient", "reduced gradient")
 LAYOUTS: tuple[tuple[dict[str, Any], str], ...] = (
@@ -72,7 +72,7 @@ class Fault:
 
 
 class BadNumbers:
-    """The campaign; its trials run fifty to a launch of two ranks."""
+    """The campaign; its trials run 25 to a launch of two ranks."""
 
     def __init__(self, folder: Path) -> None:
         """Make the data that is trained on in ``folder``."""

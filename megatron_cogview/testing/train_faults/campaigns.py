@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_cogview.testing.train_faults.bad_files import FlipCampaign, HostileCampaign
 from megatron_cogview.testing.train_faults.bad_numbers import BadNumbers
 from megatron_cogview.testing.train_faults.interruptions import (
     CutCampaign,
@@ -29,6 +30,8 @@ CAMPAIGNS: dict[str, tuple[Callable[[Path], Campaign], int]] = {
     "hang": (HangCampaign, 20),
     "disk": (DiskCampaign, DiskCampaign.trials),
     "number": (BadNumbers, 1000),
+    "flip": (FlipCampaign, 1000),
+    "hostile": (HostileCampaign, 200),
 }
 
 
