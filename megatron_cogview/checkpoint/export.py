@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.boxes import Box
-from megatron_cogview.checkpoint.common import write_common
+from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.index import write_index
 from megatron_cogview.checkpoint.reader import CheckpointReader

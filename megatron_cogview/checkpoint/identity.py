@@ -37,10 +37,13 @@ def check_belongs(
     Raises:
         CheckpointError: naming the first difference with both values.
     """
+    theirs_all, prints = state.get("run"), state.get("fingerprints")
+    if not isinstance(theirs_all, dict) or not isinstance(prints, dict):
+        raise CheckpointError(f"{directory}: its manifest names no run and no tokenizers")
     ours = config.to_dict()
     parts = dict.fromkeys(["model", "sequence", *(path.split(".")[0] for path in continued)])
     for part in parts:
-        for path, mine, theirs in _differences(part, ours[part], state["run"][part]):
+        for path, mine, theirs in _differences(part, ours[part], theirs_all.get(part)):
             matters = path not in FREE if part in ("model", "sequence") else path in continued
             if matters:
                 raise CheckpointError(
@@ -48,7 +51,7 @@ def check_belongs(
                     f"pass --{path.replace('_', '-')} {theirs}, or name another folder"
                 )
     for kind, mine in fingerprints.items():
-        theirs = state["fingerprints"].get(kind)
+        theirs = prints.get(kind)
         if theirs != mine and kind == "data":
             raise CheckpointError(
                 f"{directory}: was trained on other shards (fingerprint {theirs}, here {mine}), so "

@@ -107,6 +107,11 @@ class Checkpoints:
         assert isinstance(state, dict)
         wanted, continued = must_stay(self.config, self.fingerprints)
         check_belongs(directory, state, self.config, wanted, continued)
+        if state.get("weights_only"):
+            raise CheckpointError(
+                f"{directory}: holds weights alone (tools/convert_checkpoint.py import), which "
+                "generate can use; a run cannot go on from it without an optimizer's state"
+            )
         try:
             progress = Progress.from_dict(state["progress"])
         except (KeyError, TypeError, ValueError) as error:

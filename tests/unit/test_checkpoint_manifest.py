@@ -1,4 +1,4 @@
-"""checkpoint.commit and checkpoint.common: what a folder says of itself, honest or not."""
+"""checkpoint.commit and checkpoint.scalars: what a folder says of itself, honest or not."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_cogview.checkpoint import commit
-from megatron_cogview.checkpoint.common import FILE, read_common, write_common
+from megatron_cogview.checkpoint.scalars import FILE, read_common, write_common
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.storage.digest import sha256_bytes, write_json_with_digest
 

@@ -19,7 +19,7 @@ import torch
 
 from megatron_cogview.checkpoint import blobs, commit, snapshot
 from megatron_cogview.checkpoint.boxes import Box
-from megatron_cogview.checkpoint.common import read_common
+from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.checkpoint.saver import Saver, Status
 from megatron_cogview.checkpoint.snapshot import Piece, ShardedState

@@ -17,6 +17,7 @@ MEGATRON_USERS = (
     "parallel",
     "testing",
     "analysis/data_speed",
+    "analysis/training_speed",
     "checkpoint/sharded.py",
     "generation/decoder.py",
 )

@@ -24,7 +24,7 @@ from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import build_loader
 from megatron_cogview.parallel import topology
 from megatron_cogview.parallel.seeding import seed_initialization
-from megatron_cogview.testing.oracle import Oracle, random_weights
+from megatron_cogview.testing.oracle import Oracle, random_weights, weighted_mean
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,11 +58,12 @@ def test_the_plain_model_is_the_paper_s(tmp_path: Path, norm: dict[str, str]) ->
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     (batch, *_) = loader_of(config).micro_batches(0)
     inputs = (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
-    wanted = Oracle(config.model, leaves).loss(*inputs, batch.loss_weights_BS.double())
+    weights_BS = batch.loss_weights_BS.double()
+    wanted = weighted_mean(Oracle(config.model, leaves).token_losses(*inputs), weights_BS)
     wanted.backward()
     model = PlainModel(config.model).double()
     model.take(weights)
-    found = (model(*inputs) * batch.loss_weights_BS).sum() / batch.loss_weights_BS.sum()
+    found = weighted_mean(model(*inputs), weights_BS)
     found.backward()
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=0)
     table = leaves["embedding.word_embeddings.weight"].grad

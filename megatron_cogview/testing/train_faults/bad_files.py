@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from megatron_cogview.checkpoint import commit
-from megatron_cogview.checkpoint.common import FILE as COMMON
-from megatron_cogview.checkpoint.common import read_common
+from megatron_cogview.checkpoint.scalars import FILE as COMMON
+from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.configs.errors import CheckpointError
