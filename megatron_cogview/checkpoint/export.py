@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.boxes import Box
-from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.index import write_index
 from megatron_cogview.checkpoint.reader import CheckpointReader
+from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.snapshot import Piece, Snapshot
 from megatron_cogview.configs.errors import CheckpointError, ConfigError
 from megatron_cogview.configs.model import ModelConfig

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_cogview.checkpoint import commit
-from megatron_cogview.checkpoint.scalars import FILE as COMMON
-from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.index import write_index
+from megatron_cogview.checkpoint.scalars import FILE as COMMON
+from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.snapshot import ShardedState, Snapshot, Written
 from megatron_cogview.parallel.topology import Topology
 

@@ -18,9 +18,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from megatron_cogview.checkpoint.boxes import Box, boxes_of_range
-from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.index import Index
 from megatron_cogview.checkpoint.reader import CheckpointReader
+from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.snapshot import Piece, ShardedState
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.model.cogview import CogViewModel

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.boxes import Box
-from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.export import (
     MASTER,
     TABLE,
@@ -23,6 +22,7 @@ from megatron_cogview.checkpoint.export import (
 )
 from megatron_cogview.checkpoint.index import FILE, write_index
 from megatron_cogview.checkpoint.reader import CheckpointReader
+from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.snapshot import Piece, Snapshot
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.configs.run import RunConfig

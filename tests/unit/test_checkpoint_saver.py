@@ -19,9 +19,9 @@ import torch
 
 from megatron_cogview.checkpoint import blobs, commit, snapshot
 from megatron_cogview.checkpoint.boxes import Box
-from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.checkpoint.saver import Saver, Status
+from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.snapshot import Piece, ShardedState
 from megatron_cogview.configs.errors import CheckpointError
 

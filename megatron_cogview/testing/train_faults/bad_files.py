@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from megatron_cogview.checkpoint import commit
-from megatron_cogview.checkpoint.scalars import FILE as COMMON
-from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.index import FILE as INDEX
 from megatron_cogview.checkpoint.reader import CheckpointReader
+from megatron_cogview.checkpoint.scalars import FILE as COMMON
+from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.storage.digest import sha256_file, write_json_with_digest
