@@ -24,6 +24,8 @@ from megatron_cogview.configs.errors import CheckpointError
 
 FILE = ".metadata"
 MAX_DIMENSIONS = 8
+MAX_FIELDS = 16
+"""Attributes of an object, which many objects could share."""
 MAX_TEXT = 1000
 """Characters of a tensor's key."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
@@ -210,7 +212,10 @@ def _fields(value: Any, name: str) -> dict[str, Any]:
     """Attributes of an object of a class that is expected in this place."""
     if not _is(value, name):
         raise CheckpointError(f"{type(value).__name__} in the place of a {name}")
-    return {_text(key): each for key, each in _items(value.state)}
+    items = _items(value.state)
+    if len(items) > MAX_FIELDS:
+        raise CheckpointError(f"a {name} with {len(items)} attributes")
+    return {_text(key): each for key, each in items}
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

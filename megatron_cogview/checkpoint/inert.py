@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron_cogview.configs.errors import CheckpointError
 
-MAX_BYTES = 1 << 29
-MAX_OPCODES = 50_000_000
-"""A part of a tensor takes some forty; an opcode, at worst, 200 bytes of memory."""
+MAX_BYTES = 1 << 27
+MAX_OPCODES = 10_000_000
+"""A part of a tensor takes 72 of them and 200 bytes, and a thousand ranks have some 30,000 parts; an
+opcode takes, at worst, 200 bytes of memory."""
 MAX_INTEGER_BITS = 63
 
 ALLOWED_MODULES = {

@@ -74,8 +74,8 @@ class MegatronEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
+        self._set_mode(training=True)
         for chunk in self.model:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(micro_batches, forward_only=False)
@@ -91,6 +91,12 @@ class MegatronEngine:
             loss_scale=float(self.optimizer.get_loss_scale().item()),
         )
 
+    def _set_mode(self, training: bool) -> None:
+        """Switch dropout; walking through all modules takes time, so only when it changes."""
+        for wrapped, chunk in zip(self.model, self.chunks, strict=True):
+            if chunk.training != training:
+                wrapped.train(training)
+
     def _finalize_gradients(self, model: list[Any], *args: Any, **kwargs: Any) -> None:
         """Add up gradients over replicas, and those of norms and of the tied table."""
         self.observer.entered("gradients")
@@ -98,7 +104,8 @@ class MegatronEngine:
             # Who comes late to the sum is seen here, before the time that the sum itself takes.
             with self.observer.waiting():
                 dist.all_reduce(self._pulse, group=self.topology.data_group)
-        finalize_model_grads(model, *args, **kwargs)
+        if self.topology.world_size > 1:
+            finalize_model_grads(model, *args, **kwargs)
 
     def _anyone(self, mine: bool) -> bool:
         """Whether any rank says yes."""
@@ -107,8 +114,7 @@ class MegatronEngine:
 
     def eval_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
-        for chunk in self.model:
-            chunk.eval()
+        self._set_mode(training=False)
         losses = self._run(micro_batches, forward_only=True)
         return StepResult(losses=losses, updated=False, grad_norm=float("nan"), loss_scale=1.0)
 
@@ -120,7 +126,7 @@ class MegatronEngine:
             (batch.loss_weights_BS.double().sum() for batch in batches),
             start=torch.zeros((), dtype=torch.float64, device=self.topology.device),
         )
-        dist.all_reduce(total_weight, group=self.topology.data_group)
+        self._add_up(total_weight)
         # The schedule divides each loss by the number of micro-batches, DDP by the data axis.
         factor = len(batches) * self.topology.data_size / max(float(total_weight), 1e-30)
         single = len(self.model) == 1
@@ -135,6 +141,11 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return self._reduce_losses(outputs)
+
+    def _add_up(self, values: torch.Tensor) -> None:
+        """Sum over the data axis, in place.  Even of one rank a collective takes its time."""
+        if self.topology.data_size > 1:
+            dist.all_reduce(values, group=self.topology.data_group)
 
     def _forward(
         self, iterator: Iterator[Batch], model: DistributedDataParallel, factor: float
@@ -156,7 +167,7 @@ class MegatronEngine:
         if self.topology.is_last_stage:
             for output in outputs:
                 sums += output["sums"]
-            dist.all_reduce(sums, group=self.topology.data_group)
+            self._add_up(sums)
         if self.topology.pipeline_size > 1:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
         return Losses.from_sums(sums)

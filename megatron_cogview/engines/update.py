@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 Agree = Callable[[bool], bool]
 """Whether any rank of the world says yes."""
@@ -36,16 +38,33 @@ def update_weights(
     # Kept to take back what preparing the gradients does to a rank that saw nothing wrong.
     before = [scaler.state_dict() for scaler in scalers]
     overflow = optimizer.prepare_grads()
-    norm = math.nan if overflow else float(optimizer.get_grad_norm())
+    norm = math.nan if overflow else _norm(parts)
     if agree(overflow or not math.isfinite(norm) or not math.isfinite(loss)):
         if not overflow:
             for scaler, state in zip(scalers, before, strict=True):
                 scaler.load_state_dict(state)
                 scaler.update(True)
         return False, norm
-    if clip > 0:
+    if 0 < clip < norm:
         for part in parts:
-            if part.get_parameters():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+            clip_grads_with_norm_(part.get_parameters(), clip, torch.tensor(norm))
     optimizer.step_with_ready_grads()
     return True, norm
+
+
+def _norm(parts: list[Any]) -> float:
+    """Norm of all gradients of the model, each counted once.
+
+    megatron-core's own way asks the device for the norm of every tensor, one after the other, where
+    apex and TransformerEngine are missing.
+    """
+    square = 0.0
+    for part in parts:
+        norm = get_total_norm(part.get_main_grads_for_grad_norm()).double()
+        group = part.get_grad_stats_parallel_group()
+        if group.size() > 1:
+            total = norm.to(part.get_loss_scale().device).square()
+            dist.all_reduce(total, group=group)
+            norm = total.sqrt()
+        square += float(norm) ** 2
+    return math.sqrt(square)

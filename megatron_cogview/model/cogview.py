@@ -6,16 +6,17 @@ Shapes: B batch, S sequence, H hidden, V vocabulary rows of this rank.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.model.attention import log_attention_choice
 from megatron_cogview.model.embedding import ShrunkGradientEmbedding
 from megatron_cogview.model.layer_spec import block_spec
+from megatron_cogview.model.linear import linear_layers
 from megatron_cogview.model.transformer_config import CogViewTransformerConfig, transformer_config
 
 
@@ -57,7 +58,7 @@ class CogViewModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = linear_layers(config)[0](
                 config.hidden_size,
                 vocab_size,
                 config=config,
@@ -112,7 +113,18 @@ class CogViewModel(LanguageModule):
         if labels_BS is None:
             whole_SBV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_SBV)
             return whole_SBV.transpose(0, 1)
-        return self.compute_language_model_loss(labels_BS, logits_SBV)
+        return self._losses(labels_BS, logits_SBV)
+
+    def _losses(self, labels_BS: torch.Tensor, logits_SBV: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy ``[B, S]`` of each label, in fp32."""
+        if self.config.tensor_model_parallel_size > 1 or logits_SBV.is_cuda:
+            # It knows split vocabularies, and needs one copy of the logits where torch needs two.
+            return self.compute_language_model_loss(labels_BS, logits_SBV)
+        length, batch, _ = logits_SBV.shape
+        losses = F.cross_entropy(
+            logits_SBV.flatten(0, 1).float(), labels_BS.t().flatten(), reduction="none"
+        )
+        return losses.view(length, batch).t()
 
 
 def build_model(config: RunConfig) -> list[CogViewModel]:

@@ -1,7 +1,6 @@
 """THE ModuleSpec tree: the one file that says which module stands in which megatron-core slot."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -14,6 +13,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_cogview.model.attention import CogViewCoreAttention
+from megatron_cogview.model.linear import linear_layers
 from megatron_cogview.model.norm import NormedBiasDropoutAdd, PbRelaxLayerNorm
 from megatron_cogview.model.transformer_config import CogViewTransformerConfig
 
@@ -22,6 +22,7 @@ def layer_spec(config: CogViewTransformerConfig) -> ModuleSpec:
     """One transformer layer: Sandwich-LN (or pre-LN) around attention and MLP."""
     assert config.cogview_norm is not None
     sandwich = config.cogview_norm.placement == "sandwich"
+    column_linear, row_linear = linear_layers(config)
 
     def end_of_branch() -> object:
         if sandwich:
@@ -36,9 +37,9 @@ def layer_spec(config: CogViewTransformerConfig) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=column_linear,
                     core_attention=CogViewCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row_linear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -47,9 +48,7 @@ def layer_spec(config: CogViewTransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=ModuleSpec(module=PbRelaxLayerNorm),
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
             ),
             mlp_bda=end_of_branch(),
             # Names in checkpoints, fixed for good: they do not speak of megatron-core's slots.

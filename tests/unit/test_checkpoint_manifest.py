@@ -156,6 +156,15 @@ def test_common_is_no_ordinary_file(make: Callable[[Path], Any], tmp_path: Path)
         read_common(folder)
 
 
+def test_a_folder_inside_may_lead_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "data").write_bytes(CONTENT)
+    folder = folder_of(tmp_path, {"files": {"inside/data": ABOUT}})
+    (folder / "inside").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="no file of its folder"):
+        commit.verify(folder)
+
+
 def saved(root: Path, step: int) -> Path:
     commit.prepare(root, step)
     temporary = commit.temporary_directory(root, step)
