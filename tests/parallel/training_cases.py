@@ -249,6 +249,8 @@ def _without_cache(
 def settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """Changed optimizer settings take effect in a resumed run."""
     config = training_config(arguments["folder"], "settings", ParallelConfig(tensor=2))
+    # What is written in the background may not be there yet when the run dies.
+    config = replace(config, training=replace(config.training, async_save=False))
     _, trainer = build(config)
     trainer.loader = DyingLoader(trainer.loader, 3)
     with contextlib.suppress(Killed):

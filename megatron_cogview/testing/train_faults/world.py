@@ -6,6 +6,7 @@ therefore is a process of its own.
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -116,3 +117,4 @@ class World:
         self.signal(signal.SIGCONT)
         while None in self.codes():
             time.sleep(0.002)
+        shutil.rmtree(self._store, ignore_errors=True)
