@@ -46,7 +46,10 @@ def temporary_directory(root: Path, step: int) -> Path:
 
 def prepare(root: Path, step: int) -> None:
     """Make the temporary directory, and clear away what killed processes left."""
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        for made in (root.parent, root.parent.parent):
+            fsync_directory(made)
     # A network file system may keep a file that someone has open; that is no reason not to save.
     for stale in root.glob(f"*{_TEMPORARY}"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -102,7 +105,11 @@ def commit(
         if aside.exists():
             os.rename(aside, final)
         raise
-    fsync_directory(root)
+    try:
+        fsync_directory(root)
+    except OSError as error:
+        # It is there and whole; only a power cut could still undo the renaming.
+        logger.warning("%s: not flushed: %s", root, error)
     try:
         write_text(root / POINTER, final.name + "\n")
     except OSError as error:

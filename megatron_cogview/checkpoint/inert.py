@@ -14,8 +14,8 @@ from megatron_cogview.configs.errors import CheckpointError
 
 MAX_BYTES = 1 << 27
 MAX_OPCODES = 10_000_000
-"""A part of a tensor takes 72 of them and 200 bytes, and a thousand ranks have some 30,000 parts; an
-opcode takes, at worst, 200 bytes of memory."""
+"""A part of a tensor takes 72, and a thousand ranks have some 30,000 parts; each takes, at worst,
+200 bytes of memory."""
 MAX_INTEGER_BITS = 63
 
 ALLOWED_MODULES = {

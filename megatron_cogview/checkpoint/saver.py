@@ -29,6 +29,10 @@ from megatron_cogview.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 
+LONGEST_CLOSE_S = 120.0
+"""For a thread that is left over when a run ends in an error."""
+
+
 class Status(Enum):
     """How far this rank's save is."""
 
@@ -63,7 +67,10 @@ class Saver:
         self.failures = 0
         """Saves that came to nothing."""
         self.last_error: str | None = None
-        self._snapshot = Snapshot(topology.device.type == "cuda")
+        with_cuda = topology.device.type == "cuda"
+        # Over nccl the index would pass through the GPUs, whose memory is spoken for.
+        self._group = dist.new_group(backend="gloo") if with_cuda else None
+        self._snapshot = Snapshot(with_cuda)
         self._thread: threading.Thread | None = None
         self._removal: threading.Thread | None = None
         self._step = 0
@@ -129,7 +136,7 @@ class Saver:
         """What rank 0 says, on every rank."""
         outcome = [problem]
         if self.topology.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
         return outcome[0]
 
     def _copy(self, state: ShardedState) -> str | None:
@@ -162,7 +169,7 @@ class Saver:
         mine = (self._written, self._error)
         everyone = [mine] * self.topology.world_size if self.topology.is_main else None
         if self.topology.world_size > 1:
-            dist.gather_object(mine, everyone, dst=0)
+            dist.gather_object(mine, everyone, dst=0, group=self._group)
         problem = self._from_main(None if everyone is None else self._commit_all(everyone))
         self._in_flight, self._thread, self._written = False, None, None
         if problem is None:
@@ -179,6 +186,12 @@ class Saver:
         saved = self.commit() if self._in_flight else None
         self._finish_removal()
         return saved
+
+    def close(self) -> None:
+        """Wait a while for this rank's threads, whatever becomes of what they write."""
+        for thread in (self._thread, self._removal):
+            if thread is not None and thread.ident is not None:
+                thread.join(LONGEST_CLOSE_S)
 
     def _finish_removal(self) -> None:
         if self._removal is not None and self._removal.ident is not None:

@@ -88,8 +88,10 @@ def _available(piece: Piece, index: Index) -> Piece:
     master = f"{OPTIMIZER}.{MASTER}."
     if piece.key.startswith(master) and piece.key not in index:
         return replace(piece, key=piece.key.removeprefix(master))
-    is_weight = not piece.key.startswith(OPTIMIZER)
-    if is_weight and piece.data.dtype == torch.float32 and master + piece.key in index:
+    stored = index.get(piece.key)
+    converts = stored is None or stored.dtype != piece.data.dtype
+    if converts and not piece.key.startswith(OPTIMIZER) and master + piece.key in index:
+        # Rounded once, from the best there is.
         return replace(piece, key=master + piece.key)
     return piece
 
@@ -208,7 +210,7 @@ def _range_pieces(
 
 def _common(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Adam's count of steps, and an fp16 loss scale with its counters."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"adam_step": 0}
     for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             if "step" in state:
@@ -232,8 +234,9 @@ def _set_common(optimizer: MegatronOptimizer, values: dict[str, Any], folder: Pa
             for state in part.optimizer.state.values():
                 if "step" in state:
                     state["step"].fill_(step)
-            for group in part.optimizer.param_groups:
-                if "step" in group:
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                # apex and TransformerEngine count by group, and only from their first step on.
+                for group in part.optimizer.param_groups:
                     group["step"] = step
             scaler = getattr(part, "grad_scaler", None)
             if scaler is not None and scale is not None:

@@ -35,6 +35,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise refuse(f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        if not 0 < self.epsilon < 1:
+            raise refuse("optimizer.epsilon", self.epsilon, "must be in (0, 1)")
         for name in ("weight_decay", "clip_grad"):
             if getattr(self, name) < 0:
                 raise refuse(f"optimizer.{name}", getattr(self, name), "must not be negative")

@@ -22,6 +22,13 @@ class PrecisionConfig:
     """fp16 only: overflows in a row before the scale halves."""
 
     def __post_init__(self) -> None:
+        for name in ("loss_scale_window", "hysteresis"):
+            if getattr(self, name) < 1:
+                raise refuse(f"precision.{name}", getattr(self, name), "must be at least 1")
+        if not self.initial_loss_scale < 2.0**60:
+            raise refuse(
+                "precision.initial_loss_scale", self.initial_loss_scale, "must be below 2^60"
+            )
         if not 0 < self.min_loss_scale <= self.initial_loss_scale:
             raise refuse(
                 "precision.min_loss_scale",

@@ -32,18 +32,19 @@ class SurvivalConfig:
     changes."""
     hang_timeout_seconds: float = 1800.0
     """A rank that waits so long for the others names the late ones, dumps stacks and ends the run.
-    0: wait for ever.  It must exceed the longest validation and the loading of a checkpoint."""
+    0: wait for ever.  It must exceed the longest step; validating, loading and saving may take four
+    times as long."""
     straggler_factor: float = 1.15
-    """A rank that needs so many times the median of all to do its own part of a step is reported.
-    0: nobody is."""
+    """A rank that needs so many times the median of its pipeline stage to do its own part of a step
+    is reported.  0: nobody is."""
 
     def __post_init__(self) -> None:
         for name in ("max_bad_steps", "max_rollbacks"):
             if getattr(self, name) < 0:
                 raise refuse(f"survival.{name}", getattr(self, name), "must not be negative")
         for name in ("spike_sigma", "hang_timeout_seconds"):
-            if not getattr(self, name) >= 0:
-                raise refuse(f"survival.{name}", getattr(self, name), "must not be negative")
+            if not 0 <= getattr(self, name) < 1e9:
+                raise refuse(f"survival.{name}", getattr(self, name), "must be 0 or above, finite")
         if self.spike_window < 8:
             raise refuse("survival.spike_window", self.spike_window, "must be at least 8")
         if self.spike_patience < 1:

@@ -5,7 +5,7 @@ calling with the step.  Knows the order and the split; the content comes from th
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +70,6 @@ class TrainLoader:
             if each not in self._pending:
                 self._pending[each] = self._thread.submit(self._train, each)
         return self._pending.pop(step).result()
-
-    def settle(self) -> None:
-        """Let the thread that makes batches ahead come to rest.
-
-        Called before checkpoints: writing them forks processes, and a fork in the middle of what
-        another thread does can leave a lock locked in the child for ever.
-        """
-        wait(self._pending.values())
 
     def validation(self, batch_index: int) -> list[Batch]:
         """This rank's micro-batches of one validation batch; indices past the end start again.

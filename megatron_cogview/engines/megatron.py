@@ -88,7 +88,10 @@ class MegatronEngine:
             losses=losses,
             updated=updated,
             grad_norm=grad_norm,
-            loss_scale=float(self.optimizer.get_loss_scale().item()),
+            # Read only where it changes: reading waits for the device.
+            loss_scale=float(self.optimizer.get_loss_scale().item())
+            if self.dtype == torch.float16
+            else 1.0,
         )
 
     def _set_mode(self, training: bool) -> None:
@@ -115,7 +118,8 @@ class MegatronEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """See :class:`~megatron_cogview.engines.base.Engine`."""
         self._set_mode(training=False)
-        losses = self._run(micro_batches, forward_only=True)
+        with torch.no_grad():
+            losses = self._run(micro_batches, forward_only=True)
         return StepResult(losses=losses, updated=False, grad_norm=float("nan"), loss_scale=1.0)
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> Losses:
@@ -126,9 +130,12 @@ class MegatronEngine:
             (batch.loss_weights_BS.double().sum() for batch in batches),
             start=torch.zeros((), dtype=torch.float64, device=self.topology.device),
         )
-        self._add_up(total_weight)
+        # Who made its batches late is seen here.
+        with self.observer.waiting():
+            self._add_up(total_weight)
+            weight = max(float(total_weight), 1e-30)
         # The schedule divides each loss by the number of micro-batches, DDP by the data axis.
-        factor = len(batches) * self.topology.data_size / max(float(total_weight), 1e-30)
+        factor = len(batches) * self.topology.data_size / weight
         single = len(self.model) == 1
         iterators = [iter(batches) for _ in self.model]
         outputs: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
@@ -168,6 +175,9 @@ class MegatronEngine:
             for output in outputs:
                 sums += output["sums"]
             self._add_up(sums)
+            if self.topology.tensor_size > 1:
+                # Sums of different groups may differ in their last bits; all must judge alike.
+                dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=self.topology.tensor_group)
         if self.topology.pipeline_size > 1:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
         return Losses.from_sums(sums)

@@ -61,11 +61,13 @@ def prepare_adam(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW, which megatron-core falls back to, its state and its fast form.
 
     The state is there from the start, so that a run whose first steps are refused can be saved, and
-    one that is resumed filled.  Other optimizers (apex, TransformerEngine) are left alone.
+    one that is resumed filled.
     """
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if not isinstance(inner, torch.optim.AdamW):
+            # apex's or TransformerEngine's; megatron-core knows how their state begins.
+            part.init_state_fn(inner, part.config)
             continue
         for group in inner.param_groups:
             # One pass over all tensors of a group instead of a dozen.

@@ -40,10 +40,9 @@ def update_weights(
     overflow = optimizer.prepare_grads()
     norm = math.nan if overflow else _norm(parts)
     if agree(overflow or not math.isfinite(norm) or not math.isfinite(loss)):
-        if not overflow:
-            for scaler, state in zip(scalers, before, strict=True):
-                scaler.load_state_dict(state)
-                scaler.update(True)
+        for scaler, state in zip(scalers, before, strict=True):
+            scaler.load_state_dict(state)
+            scaler.update(True)
         return False, norm
     if 0 < clip < norm:
         for part in parts:

@@ -181,6 +181,8 @@ def _environment(job: Job, config: RunConfig) -> list[str]:
         f"cd -- {shlex.quote(job.directory)} || exit 1",
         # torchrun would say so itself, at length.
         "export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1",
+        # In torchrun's own store a second start would find the addresses of the first.
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ]
     if p.tensor > 1:
         lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")

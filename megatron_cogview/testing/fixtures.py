@@ -55,7 +55,8 @@ def gather(
     t, mine = engine.topology, list(named_parameters(engine))
     flat = torch.cat([read(parameter).detach().float().flatten() for _, parameter in mine])
     if over_data:
-        dist.all_reduce(flat, group=t.data_group)
+        # As integers: adding a zero would turn -0.0 into 0.0.
+        dist.all_reduce(flat.view(torch.int32), group=t.data_group)
     parts = [torch.empty_like(flat) for _ in range(t.tensor_size)]
     dist.all_gather(parts, flat, group=t.tensor_group)
     sizes = [parameter.numel() for _, parameter in mine]

@@ -11,6 +11,7 @@ from megatron_cogview.checkpoint.saver import Saver, Status
 from megatron_cogview.configs.errors import CheckpointError, TrainingError
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.engines.base import Engine, TrainState
+from megatron_cogview.parallel import agreement
 from megatron_cogview.parallel.topology import Topology
 from megatron_cogview.training.guards import Progress
 
@@ -85,12 +86,13 @@ class Checkpoints:
     def go_back(self, first: int) -> tuple[int, Progress]:
         """Load the newest whole checkpoint that was made before step ``first`` (0 = the first).
 
-        Newer ones are removed: what they hold led to where the run came back from.
+        Those made after it are removed: what they hold led to where the run came back from.
 
         Raises:
             TrainingError: there is none.
         """
         self.finish()
+        self._again_from = None
         found = commit.newest_valid(self.root, before=first + 1)
         if found is None:
             raise TrainingError(
@@ -99,7 +101,8 @@ class Checkpoints:
                 "smaller training.save_every"
             )
         step, progress = self._load(*found)
-        commit.remove_newer(self.root, step)
+        # One between the two that could not be read now may be sound all the same: it stays.
+        commit.remove_newer(self.root, first)
         return step, progress
 
     def _load(self, directory: Path, manifest: dict[str, object]) -> tuple[int, Progress]:
@@ -119,9 +122,26 @@ class Checkpoints:
                 f"{directory}: its manifest does not say how far the run was ({error!r}); it was "
                 "made by another version of this package"
             ) from error
-        self.engine.load(directory)
+        self._load_together(directory)
         self.saved_step = int(str(manifest["step"]))
         return self.saved_step, progress
+
+    def _load_together(self, directory: Path) -> None:
+        """Load on all ranks, or raise on all of them: none may go on to where the others wait."""
+        problem: Exception | None = None
+        try:
+            self.engine.load(directory)
+        except (CheckpointError, OSError) as error:
+            problem = error
+        failed = agreement.largest([float(problem is not None)], self.topology)[0]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise CheckpointError(f"{directory}: another rank could not load it")
+
+    def postpone(self, step: int) -> None:
+        """A checkpoint that is due after ``step`` steps is made as soon as it can be."""
+        self._again_from = step
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint should be made after ``step`` steps."""
@@ -148,6 +168,11 @@ class Checkpoints:
         """End a save whose files all ranks have written, if there is one."""
         if self.saver.status is not Status.IDLE:
             self._ended(self.saver.commit())
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is under way, on whatever rank."""
+        return self.saver.status is not Status.IDLE
 
     def finish(self) -> None:
         """Wait for a save, and end it."""

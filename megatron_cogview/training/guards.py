@@ -147,30 +147,36 @@ class Guard:
         deviation = max(math.sqrt(square), LEAST_DEVIATION * abs(mean))
         return loss > mean + sigma * deviation
 
+    def may_go_back(self, first: int, last: int) -> None:
+        """Refuse one rollback too many, before anything is changed for it.
+
+        Args:
+            first, last: steps whose batches would be left out.
+
+        Raises:
+            TrainingError: it went back too often already.
+        """
+        batches = (self.progress.batch(first), self.progress.batch(last) + 1)
+        if self.progress.rollbacks >= self.survival.max_rollbacks:
+            raise TrainingError(
+                f"step {last + 1}: the run went back {self.progress.rollbacks} times already "
+                f"(survival.max_rollbacks = {self.survival.max_rollbacks}) and goes wrong again in "
+                f"steps {first + 1} to {last + 1} (batches {batches[0]} to {batches[1] - 1}).  "
+                "Lower optimizer.lr, set model.norm.relax_scope all, or look at these batches"
+            )
+
     def after_going_back(self, found: Progress, first: int, last: int) -> Progress:
         """What the run remembers when it starts again from an older checkpoint.
 
         Args:
             found: what that checkpoint remembers.
             first, last: steps whose batches are to be left out.
-
-        Raises:
-            TrainingError: it went back too often already.
         """
-        rollbacks = self.progress.rollbacks + 1
-        batches = (self.progress.batch(first), self.progress.batch(last) + 1)
-        if rollbacks > self.survival.max_rollbacks:
-            raise TrainingError(
-                f"step {last + 1}: the run went back {rollbacks - 1} times already "
-                f"(survival.max_rollbacks = {self.survival.max_rollbacks}) and goes wrong again in "
-                f"steps {first + 1} to {last + 1} (batches {batches[0]} to {batches[1] - 1}).  "
-                "Lower optimizer.lr, set model.norm.relax_scope all, or look at these batches"
-            )
         later = dataclasses.replace(
             found,
             left_out=self.progress.left_out,
             bad_steps=self.progress.bad_steps,
-            rollbacks=rollbacks,
+            rollbacks=self.progress.rollbacks + 1,
         )
-        later.leave_out(*batches)
+        later.leave_out(self.progress.batch(first), self.progress.batch(last) + 1)
         return later

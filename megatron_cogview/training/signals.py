@@ -41,9 +41,6 @@ class StopRequest:
     A context manager: its handlers stand inside the block, the former ones come back behind it.
     They only set a flag, so a signal breaks nothing that is under way, however often it comes; only
     a second SIGINT (Ctrl-C) is a ``KeyboardInterrupt``, for someone who will not wait.
-
-    A process forked inside the block inherits the handlers: it lives on when torchrun signals the
-    whole process group, so that a checkpoint it writes is finished.
     """
 
     def __init__(self) -> None:

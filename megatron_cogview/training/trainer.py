@@ -89,17 +89,20 @@ class Trainer:
             TrainingError: it went back too often, or has nothing to go back to.
         """
         total = self.config.training.steps
-        start, self.progress = self.checkpoints.resume()
-        # Only now is it known that the folder is this run's.
-        run_folder.write(self.folder, self.config, self.topology)
         survival = self.config.survival
         with contextlib.ExitStack() as held:
             self.watchdog = held.enter_context(
                 Watchdog(self.topology, survival.hang_timeout_seconds, self.folder)
             )
+            with self._patient():
+                start, self.progress = self.checkpoints.resume()
+                # Only now is it known that the folder is this run's.
+                run_folder.write(self.folder, self.config, self.topology)
             self.stragglers = StragglerWatch(self.topology, survival.straggler_factor)
             self.observer = _Observer(self.watchdog, self.stragglers)
             self.engine.observer = self.observer
+            # Whatever ends the run: a thread that writes must not be cut off by the interpreter.
+            held.callback(self.checkpoints.saver.close)
             self.log = held.enter_context(self._new_log(start))
             self.profile = held.enter_context(profiler(self.config, self.topology, self.folder))
             self.throughput = Throughput(self.config, self.topology, total, start)
@@ -107,7 +110,7 @@ class Trainer:
             step, stopping = start, self._agree()
             while step < total and not stopping:
                 step, stopping = self._advance(step, first=step == start)
-            self._finish(step, saved=step > start)
+            self._finish(step)
         return step == total
 
     def _new_log(self, start: int) -> MetricsLog:
@@ -135,8 +138,14 @@ class Trainer:
         due = training.validate_every and (done % training.validate_every == 0 or last)
         if due and (last or not stopping):
             self.log.write(done, self._validate())
-        if stopping or self.checkpoints.is_due(done):
+        if stopping or last:
             self._save(done)
+        elif self.checkpoints.is_due(done):
+            if self.progress.streak_start is None:
+                self._save(done)
+            else:
+                # What may be gone back from soon must not push out what to go back to.
+                self.checkpoints.postpone(done + 1)
         return done, stopping
 
     def _step(self, step: int) -> StepResult | None:
@@ -180,7 +189,9 @@ class Trainer:
         first = self.progress.streak_start
         assert first is not None
         batches = (self.progress.batch(first), self.progress.batch(step))
+        self.guard.may_go_back(first, step)
         with self._patient():
+            self._tell_of_save(self.checkpoints.finish)
             again, found = self.checkpoints.go_back(first)
         self.progress = self.guard.after_going_back(found, first, step)
         self.guard = Guard(self.config.survival, self.config.precision, self.progress)
@@ -204,14 +215,15 @@ class Trainer:
             stop, writing = agreement.largest(
                 [float(self.stop.requested), float(self.checkpoints.is_writing)], self.topology
             )
-        if not writing:
-            self._tell_of_save(self.checkpoints.commit_written)
+        if not writing and self.checkpoints.in_flight:
+            # A slow disk is no hang.
+            with self._patient(), self.throughput.pause():
+                self._tell_of_save(self.checkpoints.commit_written)
         return bool(stop)
 
     def _save(self, step: int) -> None:
         """Start to write a checkpoint."""
         self.observer.entered("save")
-        self.loader.settle()
         with self._patient(), self.throughput.pause():
             self._tell_of_save(self.checkpoints.finish)
             self._tell_of_save(lambda: self.checkpoints.begin(step, self.progress))
@@ -232,12 +244,12 @@ class Trainer:
                 self.observer.step, "saved", f"checkpoint of step {self.checkpoints.saved_step}"
             )
 
-    def _finish(self, step: int, saved: bool) -> None:
-        """Wait for the last checkpoint, if there is one to wait for."""
+    def _finish(self, step: int) -> None:
+        """Wait for the last checkpoint, without which nothing done may count as done."""
         self.observer.entered("save")
         with self._patient():
             self._tell_of_save(self.checkpoints.finish)
-        if saved:
+        if step:
             self.checkpoints.must_have(step)
 
     def _numbers(self, step: int, result: StepResult) -> dict[str, float]:

@@ -303,6 +303,17 @@ def test_parts_that_many_tensors_share_are_not_read_for_each(tmp_path: Path) -> 
     assert time.process_time() - begin < 10
 
 
+def test_attributes_that_many_objects_share_are_not_read_for_each(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    place = _StorageInfo("f", 0, 1)
+    place.__dict__.update({f"x{n}": n for n in range(20)})
+    metadata = dcp.Metadata({}, storage_data={dcp.MetadataIndex("a", torch.Size([0])): place})
+    with pytest.raises(CheckpointError, match="23 attributes"):
+        read(tmp_path, pickle.dumps(metadata))
+
+
 def _link(path: Path) -> None:
     path.symlink_to("/etc/passwd")
 

@@ -211,8 +211,6 @@ def test_prefetching_changes_nothing(folder):
             for field in dataclasses.fields(one):
                 assert torch.equal(getattr(one, field.name), getattr(other, field.name))
     assert len(ahead._pending) <= 4
-    ahead.settle()
-    assert all(future.done() for future in ahead._pending.values())
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_going_back_remembers_what_the_checkpoint_does_not_know() -> None:
     assert found.left_out == []
     tired = guard(Progress(rollbacks=2), max_rollbacks=2)
     with pytest.raises(TrainingError, match=r"max_rollbacks = 2.*steps 6 to 7 \(batches 5 to 6\)"):
-        tired.after_going_back(found, first=5, last=6)
+        tired.may_go_back(first=5, last=6)
 
 
 def test_progress_survives_json_in_the_middle_of_a_streak() -> None:

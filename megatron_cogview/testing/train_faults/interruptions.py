@@ -77,6 +77,7 @@ class _Campaign:
         """Start the run again, leave it alone, and say what became of it."""
         newest = committed(Path(config.training.output))
         with Run(config, LAYOUTS[number % len(LAYOUTS)][0]) as run:
+            # Whatever is there must be what is gone on from.
             run.wait_for(0, 1, "data")
             first, _ = run.board.read(0)
             run.to_the_end()
@@ -99,7 +100,7 @@ class KillCampaign(_Campaign):
         """One trial; the same number draws the same moments."""
         rng = np.random.default_rng([number, 23])
         config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
-        way, kills = self.WAYS[number % len(self.WAYS)], []
+        way, kills, lost = self.WAYS[number % len(self.WAYS)], [], False
         for _ in range(int(rng.integers(1, MOST_KILLS + 1))):
             with Run(config, size) as run:
                 step, phase = self._moment(way, committed(run.folder), rng)
@@ -110,9 +111,18 @@ class KillCampaign(_Campaign):
                 run.world.signal(signal.SIGKILL, *([int(rng.integers(size))] if one else []))
                 # What the others do without it is seen, but not waited for.
                 run.world.wait(0.2)
-                kills.append({"step": step, "phase": phase, "hit": bool(reached and alive)})
+                at, _ = run.board.read(0)
+                told, there = run.board.committed(), committed(run.folder)
+                # What a rank was told is saved must be there, and saves must come to an end: the
+                # one before the last was finished, at the latest, when the last one began.
+                due = (at - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
+                lost = lost or there < told or there < due
+                busy = any(run.folder.rglob("*.incomplete"))
+                kill = {"step": step, "phase": phase, "hit": bool(reached and alive)}
+                kills.append({**kill, "told": told, "there": there, "in_a_save": busy})
         line = {"trial": number, "kind": "kill", "way": way, "kills": kills}
         line |= self.finish(number, config)
+        line["nothing_lost"] = line["nothing_lost"] and not lost
         hit = any(kill["hit"] for kill in kills)
         return {**line, "ok": hit and line["nothing_lost"] and not line["differs"]}
 
@@ -153,9 +163,10 @@ class StopCampaign(_Campaign):
             ended = run.world.wait(GRACE_S)
             seconds = time.monotonic() - begin
             codes, saved, said = run.world.codes(), committed(run.folder), run.tail()
-        # A step that was begun is finished and saved; the last one ends the run.
-        complete = saved in (max(at - 1, 0), at, at + 1)
-        well = ended and set(codes) <= {REQUEUE_EXIT_CODE, 0} and complete
+        # A step that was begun is finished and saved, and perhaps the next; the last ends the run.
+        complete = saved in (at, at + 1)
+        right = {0} if saved == STEPS else {REQUEUE_EXIT_CODE}
+        well = ended and (set(codes) == right or saved == STEPS) and complete
         line = {"trial": number, "kind": asked.name, "phase": phase, "step": at, "saved": saved}
         line |= {"codes": codes, "seconds": round(seconds, 2), "everyone": everyone}
         line |= self.finish(number, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cogview.checkpoint import commit
+from megatron_cogview.checkpoint.saver import Saver
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.testing.train_faults.world import World
 from megatron_cogview.training.checkpoints import CHECKPOINTS
@@ -28,7 +29,7 @@ LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 """Ranks, and how they are used."""
 
-_CELL = struct.Struct("qq")
+_CELL = struct.Struct("qqq")
 
 
 class Blackboard:
@@ -39,12 +40,22 @@ class Blackboard:
 
     def write(self, rank: int, step: int, phase: str) -> None:
         """Called by a rank."""
-        _CELL.pack_into(self._memory, rank * _CELL.size, step, PHASES.index(phase))
+        mark = self.committed(rank)
+        _CELL.pack_into(self._memory, rank * _CELL.size, step, PHASES.index(phase), mark)
 
     def read(self, rank: int) -> tuple[int, str]:
         """Called by the campaign."""
-        step, phase = _CELL.unpack_from(self._memory, rank * _CELL.size)
+        step, phase, _ = _CELL.unpack_from(self._memory, rank * _CELL.size)
         return step, PHASES[phase]
+
+    def committed(self, rank: int = 0) -> int:
+        """Step of the newest checkpoint that ``rank`` was told is there."""
+        return int(_CELL.unpack_from(self._memory, rank * _CELL.size)[2])
+
+    def mark(self, rank: int, step: int) -> None:
+        """Called by a rank that was told so."""
+        at, phase, _ = _CELL.unpack_from(self._memory, rank * _CELL.size)
+        _CELL.pack_into(self._memory, rank * _CELL.size, at, phase, step)
 
 
 class Run:
@@ -73,7 +84,15 @@ class Run:
             from megatron_cogview.tasks import pretrain
             from megatron_cogview.training.watchdog import Watchdog
 
-            beat = Watchdog.beat
+            beat, commit_saved = Watchdog.beat, Saver.commit
+
+            def marked(self: Saver) -> Path | None:
+                saved = commit_saved(self)
+                if saved is not None:
+                    board.mark(rank, int(saved.name.removeprefix("step_")))
+                return saved
+
+            Saver.commit = marked  # type: ignore[method-assign]
 
             def noted(self: Watchdog, step: int, phase: str) -> None:
                 board.write(rank, step, phase)
