@@ -4,9 +4,9 @@
     python tools/bench_training.py --device cuda --output runs/bench_training
     python tools/bench_training.py --device cpu --shapes micro micro:2 --steps 3
 
-The first, on a CPU, is ``tiny`` against plain PyTorch and megatron-core's own GPT; the second, on
-one GPU, the paper's model and a slice of four layers of it; the third rehearses the second without
-a GPU.  Tokens are random.  Nothing else should run beside it.
+The first, on a CPU, is a toy and ``tiny`` against plain PyTorch and megatron-core's own GPT; the
+second, on one GPU, the paper's model and a slice of four layers of it; the third rehearses the
+second without a GPU.  Tokens are random.  Nothing else should run beside it.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import tyro
 
-from megatron_cogview.analysis.training_speed.report import Settings, measure, tables
+from megatron_cogview.analysis.training_speed.report import Settings, measure
+from megatron_cogview.analysis.training_speed.tables import tables
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.storage.atomic import write_text
 

@@ -142,14 +142,16 @@ def overflow(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def save_and_load(arguments: dict[str, Any]) -> dict[str, Any]:
     """Two steps, a checkpoint and a third step, against a fresh engine that loads it."""
+    from megatron_cogview.checkpoint.saver import Saver
     from megatron_cogview.testing import fixtures
 
     engine, config = build(arguments)
     for step in range(2):
         engine.train_step(micro_batches(step, config, 0, 1), LR)
-    folder = Path(arguments["folder"])
-    folder.mkdir()
-    engine.save(folder)
+    saver = Saver(Path(arguments["folder"]), engine.topology, keep=2)
+    saver.begin(2, {}, engine.sharded_state())
+    folder = saver.wait()
+    assert folder is not None
     results = [engine.train_step(micro_batches(2, config, 0, 1), LR)]
     whole = fixtures.weights(engine)
     engine, config = build(arguments)

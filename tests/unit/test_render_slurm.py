@@ -36,7 +36,6 @@ GOLDEN = """\
 set -u
 cd -- . || exit 1
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-# In torchrun's own store a second start would find the addresses of the first.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 

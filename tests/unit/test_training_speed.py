@@ -17,6 +17,7 @@ from megatron_cogview.analysis.training_speed import report, roofline, shapes
 from megatron_cogview.analysis.training_speed.against import check_same_model, compare, steps_of
 from megatron_cogview.analysis.training_speed.plain import PlainModel
 from megatron_cogview.analysis.training_speed.split import PHASES, PhaseClock, clocked
+from megatron_cogview.analysis.training_speed.tables import REHEARSAL, tables
 from megatron_cogview.analysis.training_speed.whole_step import TrainingLoop
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.model import NormConfig
@@ -188,6 +189,7 @@ def test_products_of_a_step_are_counted(tmp_path: Path) -> None:
 
 def test_shapes_are_named_and_shrunk_until_they_fit() -> None:
     assert shapes.named("base_4b:4").model.num_layers == 4
+    assert shapes.named("toy").sequence.model_length == 1088
     for name in ("base_4b:", "base_4b:x", "base_4b:0"):
         with pytest.raises(ConfigError, match="PRESET:LAYERS"):
             shapes.named(name)
@@ -211,6 +213,9 @@ def row(shape: str, tflops: float, **more: Any) -> dict[str, Any]:
         "global_batch_size": 8,
         "threads": 1,
         "on_cpu": False,
+        "note": "",
+        "peak_bytes": 2**36,
+        "clocks": "1980 MHz",
         "split": dict.fromkeys(PHASES, 0.0) | {"forward": 0.99, "data": 0.002, "log": 0.008},
         "seconds": 1.0,
         "tokens_per_second": 8704.0,
@@ -226,11 +231,12 @@ def row(shape: str, tflops: float, **more: Any) -> dict[str, Any]:
 
 def test_table_judges_figures_and_labels_a_rehearsal() -> None:
     against = {"times_as_fast": {"plain": 0.98, "core": 1.1}}
+    against["processor_times_as_fast"] = {"plain": 0.99, "core": 1.2}
     against["seconds"] = {"ours": 0.1, "plain": 0.098, "core": 0.11}
     rows = [row("base_4b", 630.0), row("base_4b:4", 600.0)]
     rows.append(row("tiny", 0.05, on_cpu=True, mfu_of_specification=None, against=against))
     rows.append({"shape": "large_8b3", "left_out": "does not fit"})
-    text = report.tables({"rehearsal": False, "shapes": rows})
+    text = tables({"rehearsal": False, "shapes": rows})
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert lines["base_4b, bf16, 8 sequences: model FLOPs"].endswith("| 620 TFLOP/s | yes |")
     assert "63.7% of the specification" in text
@@ -241,11 +247,11 @@ def test_table_judges_figures_and_labels_a_rehearsal() -> None:
         lines[f"{title}: throughput against {who}"]
         for who in ("plain PyTorch", "megatron-core's local layers")
     )
-    assert plain.endswith("| 0.97 x | yes |")
+    assert plain.endswith("; 0.990 x in processor time) | 0.97 x | yes |")
     assert core.endswith("| 1.2 x | **no** |")
     assert "left out: does not fit" in lines["large_8b3"]
-    rehearsed = report.tables({"rehearsal": True, "shapes": rows})
-    assert rehearsed.startswith(f"**{report.REHEARSAL}**")
+    rehearsed = tables({"rehearsal": True, "shapes": rows})
+    assert rehearsed.startswith(f"**{REHEARSAL}**")
     assert "**no**" not in rehearsed
 
 
@@ -281,7 +287,7 @@ def test_the_tool_rehearses_a_gpu_s_measurement(tmp_path: Path) -> None:
     assert numbers["shapes"][0]["dtype"] == "bf16"
     assert numbers["megatron_core"]
     table = (tmp_path / "out" / "bench_training.md").read_text()
-    assert report.REHEARSAL in table
+    assert REHEARSAL in table
     assert "micro:2 against micro: model FLOPs a second" in table
     done = subprocess.run(
         [sys.executable, script, "--shapes", "nothing"], capture_output=True, text=True, cwd=ROOT

@@ -47,31 +47,43 @@ def compare(
     """Seconds of a step of each, and how many times as fast ours is.
 
     Every round runs each once, and begins with another one each time, so that what one leaves in
-    caches and in the allocator meets all of them alike.
+    caches and in the allocator meets all of them alike.  Processor time leaves out what other
+    programs take, and is the same as time on an idle machine with one thread.
 
     Raises:
         RuntimeError: the plain model's first loss is not ours: it is another model.
     """
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    processor: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     endless = itertools.cycle(batches)
     for round_ in range(warmup + rounds):
         batch = next(endless)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            begin = time.perf_counter()
+            begin, processor_begin = time.perf_counter(), time.process_time()
             loss = steps[name](batch)
-            elapsed = time.perf_counter() - begin
+            elapsed, worked = time.perf_counter() - begin, time.process_time() - processor_begin
             first.setdefault(name, loss)
             if round_ >= warmup:
                 seconds[name].append(elapsed)
+                processor[name].append(worked)
     check_same_model(first)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "first_loss": first,
-        "seconds": medians,
+        **_ratios("", seconds),
+        **_ratios("processor_", processor),
         "fastest": {name: min(values) for name, values in seconds.items()},
-        "times_as_fast": {n: s / medians["ours"] for n, s in medians.items() if n != "ours"},
+    }
+
+
+def _ratios(prefix: str, times: Mapping[str, list[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        f"{prefix}seconds": medians,
+        f"{prefix}times_as_fast": {
+            name: value / medians["ours"] for name, value in medians.items() if name != "ours"
+        },
     }
 
 

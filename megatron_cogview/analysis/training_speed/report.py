@@ -1,10 +1,11 @@
-"""All measurements of a training step in one report, and their tables."""
+"""All measurements of a training step, shape by shape, as plain values."""
 
+import gc
 import logging
+import shutil
 import statistics
+import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 
 from megatron_cogview.analysis.machine import machine
 from megatron_cogview.analysis.training_speed import roofline, shapes
-from megatron_cogview.analysis.training_speed.split import PHASES
 from megatron_cogview.configs.budget import flops_per_token
 from megatron_cogview.configs.errors import ConfigError, refuse
 from megatron_cogview.configs.run import RunConfig
@@ -26,7 +26,6 @@ from megatron_cogview.tokenization.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL = "CPU REHEARSAL, NOT A RESULT"
 _SQUARE = {"cuda": 8192, "cpu": 1024}
 
 Peer = Literal["plain", "core"]
@@ -39,14 +38,16 @@ class Settings:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where; ``auto`` is the GPU if there is one."""
     shapes: tuple[str, ...] = ()
-    """``PRESET`` or ``PRESET:LAYERS``.  Without: ``base_4b base_4b:4`` on a GPU, ``tiny`` on a
-    CPU.  ``micro micro:2`` rehearses on a CPU what a GPU would do."""
+    """``PRESET`` or ``PRESET:LAYERS``.  Without: ``base_4b base_4b:4`` on a GPU, ``toy tiny`` on a
+    CPU.  ``toy`` is the paper's sequence at a width of 256; ``micro micro:2`` rehearses on a CPU
+    what a GPU would do."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; ``auto``: bf16 on a GPU and for ``micro``, fp32 on a CPU."""
     micro_batch_size: int = 0
     """Sequences of a forward pass; 0: the preset's, on a GPU halved until it fits."""
-    micro_batches: int = 1
-    """Forward passes of a step."""
+    micro_batches: int = 0
+    """Forward passes of a step; 0: 8 on a GPU, where the update must not weigh more than in a real
+    run, and 1 on a CPU."""
     steps: int = 50
     """Timed steps, or rounds of a comparison."""
     warmup: int = 5
@@ -64,14 +65,17 @@ def measure(settings: Settings) -> dict[str, Any]:
     Raises:
         ConfigError: no such device or shape, a number below 1, or several processes.
     """
-    for name in ("micro_batches", "steps", "warmup"):
+    for name in ("steps", "warmup"):
         if getattr(settings, name) < 1:
             raise refuse(name, getattr(settings, name), "must be at least 1")
+    for name in ("micro_batch_size", "micro_batches"):
+        if getattr(settings, name) < 0:
+            raise refuse(name, getattr(settings, name), "must not be negative")
     if launch.detect().world_size > 1:
         raise ConfigError("this measurement is of one process; start it without torchrun")
     device = _device(settings.device)
     with_cuda = device.type == "cuda"
-    names = settings.shapes or (("base_4b", "base_4b:4") if with_cuda else ("tiny",))
+    names = settings.shapes or (("base_4b", "base_4b:4") if with_cuda else ("toy", "tiny"))
     results: dict[str, Any] = {
         **machine(device),
         "megatron_core": version("megatron-core"),
@@ -106,7 +110,7 @@ def _dtype(settings: Settings, name: str, device: torch.device) -> str:
 
 
 def _shape(name: str, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """One shape; what does not fit is told and left out."""
+    """One shape; on a GPU, what does not fit is told and left out."""
     with_cuda = device.type == "cuda"
     dtype = _dtype(settings, name, device)
     total = torch.cuda.get_device_properties(device).total_memory if with_cuda else None
@@ -118,22 +122,29 @@ def _shape(name: str, settings: Settings, device: torch.device) -> dict[str, Any
                 str(shards),
                 dtype,
                 settings.micro_batch_size,
-                settings.micro_batches,
+                settings.micro_batches or (8 if with_cuda else 1),
                 total,
             )
-        except ConfigError as error:
-            if total is None:
+            if case.note:
+                logger.info("%s: %s", name, case.note)
+            records = max(256, 4 * case.config.training.global_batch_size)
+            shapes.write_random_shards(shards, case.config, records)
+            with topology.running(case.config.parallel) as groups:
+                found = _measured(case.config, settings, groups, Path(folder))
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            if not with_cuda:
                 raise
-            logger.warning("left out: %s", error)
-            return {"shape": name, "left_out": str(error)}
-        if case.note:
-            logger.info("%s: %s", name, case.note)
-        records = max(256, 4 * case.config.training.global_batch_size)
-        shapes.write_random_shards(shards, case.config, records)
-        with ExitStack() as held:
-            groups = held.enter_context(topology.running(case.config.parallel))
-            found = _measured(case.config, settings, groups, Path(folder))
-    return {"shape": name, "note": case.note, "dtype": dtype, **found}
+            reason = str(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = "out of memory; try a smaller --micro-batch-size"
+            logger.warning("%s left out: %s", name, reason)
+            found = {"left_out": reason}
+            case = None
+    # The engine is held by cycles, and the next shape needs its memory.
+    gc.collect()
+    if with_cuda:
+        torch.cuda.empty_cache()
+    return {"shape": name, "dtype": dtype, "note": case.note if case else "", **found}
 
 
 def _measured(
@@ -161,6 +172,7 @@ def _measured(
     found["split"] = loop.split(settings.steps, settings.warmup, folder / "log")
     if groups.device.type == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated(groups.device)
+        found["clocks"] = _clocks()
         torch.cuda.empty_cache()
     return {
         **found,
@@ -170,6 +182,19 @@ def _measured(
         "threads": torch.get_num_threads(),
         "on_cpu": groups.device.type == "cpu",
     }
+
+
+def _clocks() -> str | None:
+    """Clocks, temperature and power while the device is still warm."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _rates(
@@ -197,76 +222,3 @@ def _rates(
         "products_tflops": roofline.gemm_flops(config) / gemms / 1e12,
         "roofline_fraction": gemms / seconds,
     }
-
-
-def tables(results: dict[str, Any]) -> str:
-    """Markdown: where the time goes, and figures against their targets."""
-    measured = [one for one in results["shapes"] if "left_out" not in one]
-    lines = [f"**{REHEARSAL}**", ""] if results["rehearsal"] else []
-    lines += ["| step | total | " + " | ".join(PHASES) + " |", "|---" * (len(PHASES) + 2) + "|"]
-    for one in measured:
-        total = sum(one["split"].values())
-        cells = (f"{one['split'][phase] / total:.1%}" for phase in PHASES)
-        lines.append(f"| {_title(one)} | {total * 1e3:.1f} ms | " + " | ".join(cells) + " |")
-    lines += ["", "| what | measured | target | met |", "|---|---|---|---|"]
-    for what, figure, target, met in _rows(results, measured):
-        verdict = "" if met is None or results["rehearsal"] else "yes" if met else "**no**"
-        lines.append(f"| {what} | {figure} | {target} | {verdict} |")
-    lines += [f"| {o['shape']} | left out: {o['left_out']} | | |"
-              for o in results["shapes"] if "left_out" in o]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _title(one: dict[str, Any]) -> str:
-    threads = f", {one['threads']} thread(s)" if one["on_cpu"] else ""
-    return f"{one['shape']}, {one['dtype']}, {one['global_batch_size']} sequences{threads}"
-
-
-def _rows(
-    results: dict[str, Any], measured: list[dict[str, Any]]
-) -> Iterator[tuple[str, str, str, bool | None]]:
-    for one in measured:
-        yield from _shape_rows(one)
-    yield from _slice_rows(measured)
-
-
-def _shape_rows(one: dict[str, Any]) -> Iterator[tuple[str, str, str, bool | None]]:
-    title = _title(one)
-    wanted = {"plain": ("plain PyTorch", 0.97), "core": ("megatron-core's local layers", 1.2)}
-    for peer, ratio in one.get("against", {}).get("times_as_fast", {}).items():
-        ours, theirs = (one["against"]["seconds"][name] * 1e3 for name in ("ours", peer))
-        who, target = wanted[peer]
-        yield (f"{title}: throughput against {who}",
-               f"{ratio:.3f} x ({ours:.1f} ms a step against {theirs:.1f})",
-               f"{target} x", ratio >= target)  # fmt: skip
-    share = (one["split"]["data"] + one["split"]["log"]) / sum(one["split"].values())
-    yield f"{title}: loader and log", f"{share:.2%} of a step", "1 %", share < 0.01
-    yield (f"{title}: speed", f"{one['seconds'] * 1e3:.1f} ms a step, "
-           f"{one['tokens_per_second']:,.0f} tokens/s", "", None)  # fmt: skip
-    of = f"{one['mfu_of_square_product']:.1%} of {one['square_product_tflops']:.3g} TFLOP/s"
-    if one["mfu_of_specification"] is not None:
-        of = f"{one['mfu_of_specification']:.1%} of the specification, {of} of a square product"
-    else:
-        of = f"{of} of a square product"
-    is_headline = not one["on_cpu"] and one["shape"] == "base_4b"
-    yield (f"{title}: model FLOPs", f"{one['model_tflops']:.3g} TFLOP/s: {of}",
-           "620 TFLOP/s" if is_headline else "",
-           one["model_tflops"] >= 620 if is_headline else None)  # fmt: skip
-    yield (f"{title}: matrix products alone, at their best",
-           f"{one['roofline_fraction']:.1%} of a step ({one['products_seconds'] * 1e3:.1f} ms)",
-           "" if one["on_cpu"] else "85 %",
-           None if one["on_cpu"] else one["roofline_fraction"] >= 0.85)  # fmt: skip
-
-
-def _slice_rows(
-    measured: list[dict[str, Any]],
-) -> Iterator[tuple[str, str, str, bool | None]]:
-    """A few layers of a shape against the whole of it, where both were measured."""
-    whole = {one["shape"]: one for one in measured}
-    for one in measured:
-        base, colon, _ = one["shape"].partition(":")
-        if colon and base in whole:
-            ratio = one["model_tflops"] / whole[base]["model_tflops"]
-            yield (f"{one['shape']} against {base}: model FLOPs a second", f"{ratio:.3f} x",
-                   "" if one["on_cpu"] else "0.97 x",
-                   None if one["on_cpu"] else ratio >= 0.97)  # fmt: skip

@@ -23,8 +23,9 @@ from megatron_cogview.data.shards import (
     write_shard,
 )
 
-MICRO = "micro"
-"""Stands for ``base_4b`` with its widths cut down: a rehearsal on a CPU."""
+MICRO, TOY = "micro", "toy"
+"""Names of ``base_4b`` with its widths cut down: to rehearse on a CPU what a GPU would do, and the
+paper's sequence at a width that two cores can train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ def named(name: str) -> RunConfig:
         ConfigError: no such preset, or not a number of layers.
     """
     base, colon, layers = name.partition(":")
-    config = _micro() if base == MICRO else preset(base)
+    config = _cut_down(base) if base in (MICRO, TOY) else preset(base)
     if not colon:
         return config
     if not (layers.isdecimal() and int(layers) > 0):
@@ -53,23 +54,33 @@ def named(name: str) -> RunConfig:
     return replace(config, model=replace(config.model, num_layers=int(layers)))
 
 
-def _micro() -> RunConfig:
+def _cut_down(name: str) -> RunConfig:
     base = base_4b()
-    model = replace(
-        base.model,
-        num_layers=4,
-        hidden_size=64,
-        num_heads=2,
-        vocab=VocabConfig(num_image_codes=64, num_text_ids=64),
-    )
-    tokenizer = replace(base.image_tokenizer, num_codes=64)
-    saved = base.sequence.codes_per_side[0] ** 2 - 16
+    if name == TOY:
+        hidden, heads, codes, pieces, side = 256, 4, 1024, 997, base.sequence.codes_per_side[0]
+    else:
+        hidden, heads, codes, pieces, side = 64, 2, 64, 64, 4
+    # CPUs have no fused attention with dropout.
+    dropout = 0.0 if name == TOY else base.model.hidden_dropout
+    tokenizer = replace(base.image_tokenizer, num_codes=codes)
+    saved = base.sequence.codes_per_side[0] ** 2 - side**2
     return replace(
         base,
-        preset=MICRO,
-        model=model,
-        image_tokenizer=replace(tokenizer, image_size=4 << tokenizer.downsampling_layers),
-        sequence=replace(base.sequence, codes_per_side=(4,), length=base.sequence.length - saved),
+        preset=name,
+        model=replace(
+            base.model,
+            num_layers=4,
+            hidden_size=hidden,
+            num_heads=heads,
+            vocab=VocabConfig(num_image_codes=codes, num_text_ids=pieces),
+            hidden_dropout=dropout,
+            attention_dropout=dropout,
+        ),
+        image_tokenizer=replace(tokenizer, image_size=side << tokenizer.downsampling_layers),
+        sequence=replace(
+            base.sequence, codes_per_side=(side,), length=base.sequence.length - saved
+        ),
+        training=replace(base.training, micro_batch_size=2),
     )
 
 
