@@ -105,7 +105,8 @@ def _over_stages_and_replicas(
             for name, (rank, (shape, _)) in owners.items()
         ]
     )
-    dist.all_reduce(flat)
+    # As integers: adding a zero would turn -0.0 into 0.0.
+    dist.all_reduce(flat.view(torch.int32))
     sizes = [math.prod(shape) for _, (shape, _) in owners.values()]
     values = flat.double().cpu().split(sizes)
     return {

@@ -156,8 +156,11 @@ def distance_bound(kind: str, dtype: str, usual: float | None) -> float:
     if kind == "weights":
         # Norm weights near 1 move by less than the format's epsilon: their movement tells more.
         return math.inf
-    least = FLIP if kind == "movement" else torch.finfo(DTYPES[dtype]).eps
-    return max(MARGIN * usual, least)
+    if kind == "movement":
+        return max(MARGIN * usual, FLIP)
+    bound = max(MARGIN * usual, torch.finfo(DTYPES[dtype]).eps)
+    # A square has twice the relative error.
+    return 2 * bound if kind == "exp_avg_sq" else bound
 
 
 def summary(layouts: dict[str, Settings], results: dict[str, Any]) -> str:

@@ -257,7 +257,7 @@ def _spoiling(
         if calls != micro_batch + 1:
             return output
         first = output[0] if isinstance(output, tuple) else output
-        spoilt = first.clone()
+        spoilt = first.clone(memory_format=torch.contiguous_format)
         spoilt.view(-1)[int(rng.integers(spoilt.numel()))] = number
         return (spoilt, *output[1:]) if isinstance(output, tuple) else spoilt
 
