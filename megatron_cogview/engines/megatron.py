@@ -1,5 +1,6 @@
 """The Megatron engine: megatron-core's schedules, DDP, optimizer and sharded checkpoints."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ class MegatronEngine:
                 sums += output["sums"]
             self._add_up(sums)
             if self.topology.tensor_size > 1:
-                # Sums of different groups may differ in their last bits; all must judge alike.
+                # Sums of different groups may differ in their last bits; all must judge alike.  A
+                # maximum would pass over a NaN that one rank alone has.
+                sums.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)
                 dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=self.topology.tensor_group)
         if self.topology.pipeline_size > 1:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)

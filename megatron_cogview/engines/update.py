@@ -65,5 +65,16 @@ def _norm(parts: list[Any]) -> float:
             total = norm.to(part.get_loss_scale().device).square()
             dist.all_reduce(total, group=group)
             norm = total.sqrt()
-        square += float(norm) ** 2
+        square += float(norm) ** 2 if _others_are_finite(part) else math.nan
     return math.sqrt(square)
+
+
+def _others_are_finite(part: Any) -> bool:
+    """Whether this rank's copies of gradients that another rank counts are finite too.
+
+    They are few and small: norms and biases that a tensor group holds alike.
+    """
+    counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+    gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
+    others = [gradient for gradient in gradients if id(gradient) not in counted]
+    return not others or bool(get_total_norm(others).isfinite())
