@@ -8,7 +8,7 @@ What the script relies on was tried on Slurm 22.05 with torchrun of torch 2.13:
   to every torchrun.  The shell must know of it: when the run was asked and did not end with 0, it
   queues the job again.  The workers could, but in a container they have no ``scontrol``.
 - ``--kill-on-bad-exit`` would let the first torchrun that has ended kill those whose workers still
-  write.  ``--wait`` gives them time, and ends a job of which one node is lost.
+  write.  ``--wait`` gives them time.
 """
 
 import re

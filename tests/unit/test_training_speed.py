@@ -117,6 +117,33 @@ def test_engine_and_rivals_take_the_same_steps(tmp_path: Path) -> None:
         assert len(loop.times(2, 1)) == 2
 
 
+@pytest.mark.parametrize(("quiet", "counted", "seconds"), [(6, 6, 1.0), (4, 10, 3.0)])
+def test_rounds_that_others_spoilt_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, quiet: int, counted: int, seconds: float
+) -> None:
+    """Of ten rounds the first are quiet and take a second a step, the others three."""
+    from megatron_cogview.analysis.training_speed import against
+
+    now = {"wall": 0.0, "busy": 0.0, "round": 0}
+
+    def step(batches: Any) -> float:
+        slow = now["round"] >= 2 * quiet
+        now["wall"] += 3.0 if slow else 1.0
+        now["busy"] += 3.0 if slow else 1.0  # Ours takes one second of them.
+        now["round"] += 1
+        return 1.0
+
+    clock = SimpleNamespace(
+        perf_counter=lambda: now["wall"], process_time=lambda: float(now["round"])
+    )
+    monkeypatch.setattr(against, "time", clock)
+    monkeypatch.setattr(against, "_busy_seconds", lambda: now["busy"])
+    found = against.compare({"ours": step, "core": step}, [[]], 0, 10)
+    assert (found["rounds"], found["rounds_counted"]) == (10, counted)
+    assert found["seconds"]["ours"] == seconds
+    assert found["processor_seconds"] == {"ours": 1.0, "core": 1.0}
+
+
 class Ticks:
     """Time that passes by one second a look."""
 
@@ -230,7 +257,8 @@ def row(shape: str, tflops: float, **more: Any) -> dict[str, Any]:
 
 
 def test_table_judges_figures_and_labels_a_rehearsal() -> None:
-    against = {"times_as_fast": {"plain": 0.98, "core": 1.1}}
+    against: dict[str, Any] = {"times_as_fast": {"plain": 0.98, "core": 1.1}}
+    against |= {"rounds": 9, "rounds_counted": 5, "others_share": 0.01}
     against["processor_times_as_fast"] = {"plain": 0.99, "core": 1.2}
     against["seconds"] = {"ours": 0.1, "plain": 0.098, "core": 0.11}
     rows = [row("base_4b", 630.0), row("base_4b:4", 600.0)]
@@ -247,6 +275,7 @@ def test_table_judges_figures_and_labels_a_rehearsal() -> None:
         lines[f"{title}: throughput against {who}"]
         for who in ("plain PyTorch", "megatron-core's local layers")
     )
+    assert "1.0% of the cores in the 5 of 9 rounds that count" in text
     assert plain.endswith("; 0.990 x in processor time) | 0.97 x | yes |")
     assert core.endswith("| 1.2 x | **no** |")
     assert "left out: does not fit" in lines["large_8b3"]

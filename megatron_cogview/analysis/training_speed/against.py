@@ -1,9 +1,12 @@
 """Whole steps of ours and of the rivals, taking turns in one process on the same batches."""
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_cogview.analysis.training_speed.plain import PlainModel, PlainTrainer
@@ -14,6 +17,9 @@ from megatron_cogview.engines.base import Engine
 LR = 1e-4
 SAME_LOSS = 1e-5
 """How near the first losses of two implementations of one model must be, relative."""
+
+BUSY, ENOUGH = 0.05, 5
+"""Share of the cores above which other programs spoil a round, and how many rounds suffice."""
 
 Step = Callable[[Sequence[Batch]], float]
 """Trains on the micro-batches of a step and gives the loss."""
@@ -47,38 +53,66 @@ def compare(
     """Seconds of a step of each, and how many times as fast ours is.
 
     Every round runs each once, and begins with another one each time, so that what one leaves in
-    caches and in the allocator meets all of them alike.  Processor time leaves out what other
-    programs take, and is the same as time on an idle machine with one thread.
+    caches and in the allocator meets all of them alike.  Rounds in which other programs were busy
+    are left out, if enough others remain.  Processor time leaves out what other programs take, and
+    is the same as time on an idle machine with one thread.
 
     Raises:
         RuntimeError: the plain model's first loss is not ours: it is another model.
     """
     first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    processor: dict[str, list[float]] = {name: [] for name in steps}
+    timed: list[_Round] = []
     names = list(steps)
     endless = itertools.cycle(batches)
-    for round_ in range(warmup + rounds):
-        batch = next(endless)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            begin, processor_begin = time.perf_counter(), time.process_time()
-            loss = steps[name](batch)
-            elapsed, worked = time.perf_counter() - begin, time.process_time() - processor_begin
-            first.setdefault(name, loss)
-            if round_ >= warmup:
-                seconds[name].append(elapsed)
-                processor[name].append(worked)
+    for number in range(warmup + rounds):
+        batch, at = next(endless), number % len(names)
+        found = _Round({}, {}, 0.0)
+        busy, begin, processor = _busy_seconds(), time.perf_counter(), time.process_time()
+        for name in names[at:] + names[:at]:
+            step_begin, step_processor = time.perf_counter(), time.process_time()
+            first.setdefault(name, steps[name](batch))
+            found.seconds[name] = time.perf_counter() - step_begin
+            found.processor[name] = time.process_time() - step_processor
+        if busy is not None:
+            others = (_busy_seconds() or 0.0) - busy - (time.process_time() - processor)
+            found.others = others / (time.perf_counter() - begin) / (os.cpu_count() or 1)
+        if number >= warmup:
+            timed.append(found)
     check_same_model(first)
+    quiet = [one for one in timed if one.others < BUSY]
+    counted = quiet if len(quiet) >= ENOUGH else timed
     return {
         "first_loss": first,
-        **_ratios("", seconds),
-        **_ratios("processor_", processor),
-        "fastest": {name: min(values) for name, values in seconds.items()},
+        "rounds": len(timed),
+        "rounds_counted": len(counted),
+        "others_share": statistics.median(one.others for one in counted),
+        **_ratios("", [one.seconds for one in counted]),
+        **_ratios("processor_", [one.processor for one in counted]),
     }
 
 
-def _ratios(prefix: str, times: Mapping[str, list[float]]) -> dict[str, Any]:
-    medians = {name: statistics.median(values) for name, values in times.items()}
+@dataclass
+class _Round:
+    """One step of each."""
+
+    seconds: dict[str, float]
+    processor: dict[str, float]
+    others: float
+    """Share of all cores that other programs took meanwhile; 0 where that cannot be known."""
+
+
+def _busy_seconds() -> float | None:
+    """What all programs have taken of all cores since the machine started; None if not on Linux."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:8]
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts = map(int, fields)
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def _ratios(prefix: str, times: list[dict[str, float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(one[name] for one in times) for name in times[0]}
     return {
         f"{prefix}seconds": medians,
         f"{prefix}times_as_fast": {

@@ -62,6 +62,10 @@ def _rows(shapes: list[dict[str, Any]]) -> Iterator[Row]:
 
 def _against(one: dict[str, Any]) -> Iterator[Row]:
     found = one.get("against", {})
+    if found:
+        what = f"{_title(one)}: other programs meanwhile"
+        rounds = f"{found['rounds_counted']} of {found['rounds']} rounds"
+        yield Row(what, f"{found['others_share']:.1%} of the cores in the {rounds} that count")
     for peer, ratio in found.get("times_as_fast", {}).items():
         ours, theirs = (found["seconds"][name] * 1e3 for name in ("ours", peer))
         who, target = _PEERS[peer]
