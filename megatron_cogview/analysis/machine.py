@@ -2,12 +2,13 @@
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from megatron_cogview.training.run_folder import source_of
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -35,11 +36,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Of the checkout this file is in, ``-dirty`` if changed; None for an installed package."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+    source = source_of(Path(__file__).parents[1])
+    if "commit" not in source:
         return None
-    return done.stdout.strip()
+    return source["commit"][:12] + ("-dirty" if source["dirty"] else "")

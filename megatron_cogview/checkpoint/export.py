@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.boxes import Box
 from megatron_cogview.checkpoint.index import FILE as INDEX
-from megatron_cogview.checkpoint.index import write_index
+from megatron_cogview.checkpoint.index import MASTER, OPTIMIZER, write_index
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.snapshot import Piece, Snapshot
@@ -31,7 +31,6 @@ from megatron_cogview.storage.atomic import fsync_directory
 FORMAT = "megatron_cogview.weights.1"
 LAYERS = "decoder.layers."
 TABLE = "embedding.word_embeddings.weight"
-MASTER = "optimizer.state.fp32_param."
 WEIGHTS_ONLY = "weights_only"
 """Field of a manifest's state: there is nothing to go on training with."""
 
@@ -84,7 +83,8 @@ def export_weights(checkpoint: Path, output: Path) -> dict[str, str]:
         raise CheckpointError(f"{checkpoint}: does not say which tokenizers it was made with")
     reader, tensors = CheckpointReader(checkpoint), {}
     for key, shape in stored_shapes(config.model).items():
-        source = MASTER + key if MASTER + key in reader.index else key
+        master = f"{OPTIMIZER}.{MASTER}.{key}"
+        source = master if master in reader.index else key
         if source not in reader.index or reader.index[source].shape != shape:
             raise CheckpointError(f"{checkpoint}: {key} is not there, or not of shape {shape}")
         whole = reader.whole(source)

@@ -43,7 +43,7 @@ def check_belongs(
     ours = config.to_dict()
     parts = dict.fromkeys(["model", "sequence", *(path.split(".")[0] for path in continued)])
     for part in parts:
-        for path, mine, theirs in _differences(part, ours[part], theirs_all.get(part)):
+        for path, mine, theirs in differences(part, ours[part], theirs_all.get(part)):
             matters = path not in FREE if part in ("model", "sequence") else path in continued
             if matters:
                 raise CheckpointError(
@@ -65,10 +65,10 @@ def check_belongs(
             )
 
 
-def _differences(path: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(path: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
     """Leaves in which two JSON values differ."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in sorted(set(mine) | set(theirs)):
-            yield from _differences(f"{path}.{key}", mine.get(key), theirs.get(key))
+            yield from differences(f"{path}.{key}" if path else key, mine.get(key), theirs.get(key))
     elif mine != theirs:
         yield path, mine, theirs

@@ -23,6 +23,10 @@ from megatron_cogview.checkpoint.boxes import Box
 from megatron_cogview.configs.errors import CheckpointError
 
 FILE = ".metadata"
+OPTIMIZER = "optimizer.state"
+"""What megatron-core's names of optimizer tensors begin with."""
+MASTER = "fp32_param"
+"""megatron-core's name of the fp32 copy of a half-precision weight."""
 MAX_DIMENSIONS = 8
 MAX_FIELDS = 16
 """Attributes of an object, which many objects could share."""

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from megatron_cogview.checkpoint.boxes import Box, boxes_of_range
-from megatron_cogview.checkpoint.index import Index
+from megatron_cogview.checkpoint.index import MASTER, OPTIMIZER, Index
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.checkpoint.snapshot import Piece, ShardedState
@@ -27,9 +27,6 @@ from megatron_cogview.model.cogview import CogViewModel
 from megatron_cogview.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "fp32_param"
-"""megatron-core's name of the fp32 copy of a half-precision weight."""
-OPTIMIZER = "optimizer.state"
 
 
 @dataclass(frozen=True, slots=True)

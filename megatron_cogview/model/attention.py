@@ -98,22 +98,33 @@ class CogViewCoreAttention(MegatronModule):
             safe = fused_is_safe(q_BNSD.dtype, q_BNSD.device, dropout)
             if safe and not a.is_written_out:
                 return fused_attention(q_BNSD, k_BNKD, v_BNKD, dropout)
-            visible = causal_mask(num_queries, num_keys, q_BNSD.device)
-        else:
-            assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
-            visible = visible_keys(
-                pivot_key_B2,
-                num_queries,
-                num_keys,
-                max(num_keys, self.sequence_length),
-                window_block=a.window_block,
-                window_blocks=a.window_blocks,
-                num_pivots=a.num_pivots,
-                layer_number=self.layer_number,
-                seed=a.pivot_seed,
-            )
+        visible = self.visible(num_queries, num_keys, q_BNSD.device, pivot_key_B2)
         return pb_relax_attention(
             q_BNSD, k_BNKD, v_BNKD, visible, a.relax_alpha, a.relax_max, dropout
+        )
+
+    def visible(
+        self,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device,
+        pivot_key_B2: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The keys that queries attend to: ``[S, K]``, or ``[B, 1, S, K]`` with pivots."""
+        a = self.attention
+        if a.kind == "dense":
+            return causal_mask(num_queries, num_keys, device)
+        assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
+        return visible_keys(
+            pivot_key_B2,
+            num_queries,
+            num_keys,
+            max(num_keys, self.sequence_length),
+            window_block=a.window_block,
+            window_blocks=a.window_blocks,
+            num_pivots=a.num_pivots,
+            layer_number=self.layer_number,
+            seed=a.pivot_seed,
         )
 
 

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_cogview.configs.run import RunConfig
-from megatron_cogview.kernels.pb_relax_attention.reference import causal_mask
-from megatron_cogview.kernels.pivot_attention.reference import visible_keys
 from megatron_cogview.model.attention import CogViewCoreAttention
 from megatron_cogview.model.cogview import CogViewModel
 
@@ -120,7 +118,8 @@ def largest_score(
     """
     num_queries, batch, heads, dim = query.shape
     num_keys = key.shape[0]
-    visible_BSK = _visible(core, num_queries, num_keys, query.device, pivot_key_B2)
+    visible = core.visible(num_queries, num_keys, query.device, pivot_key_B2)
+    visible_BSK = visible.reshape(-1, num_queries, num_keys)
     rows = max(1, SCORES_AT_ONCE // (heads * num_keys))
     largest = torch.zeros((), device=query.device)
     for b in range(batch):
@@ -137,28 +136,3 @@ def largest_score(
             scores_NRK.masked_fill_(~visible_SK[part, :end], 0.0)
             largest = torch.maximum(largest, largest_size(scores_NRK))
     return largest
-
-
-def _visible(
-    core: CogViewCoreAttention,
-    num_queries: int,
-    num_keys: int,
-    device: torch.device,
-    pivot_key_B2: torch.Tensor | None,
-) -> torch.Tensor:
-    """Seen keys ``[B or 1, S, K]``, as the core attention chooses them."""
-    a = core.attention
-    if a.kind == "dense":
-        return causal_mask(num_queries, num_keys, device)[None]
-    assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
-    return visible_keys(
-        pivot_key_B2,
-        num_queries,
-        num_keys,
-        max(num_keys, core.sequence_length),
-        window_block=a.window_block,
-        window_blocks=a.window_blocks,
-        num_pivots=a.num_pivots,
-        layer_number=core.layer_number,
-        seed=a.pivot_seed,
-    )[:, 0]

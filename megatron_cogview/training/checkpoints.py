@@ -148,7 +148,7 @@ class Checkpoints:
         training = self.config.training
         if self._again_from is not None and step >= self._again_from:
             return True
-        return step % training.save_every == 0 or step == training.steps
+        return step % training.save_every == 0
 
     def begin(self, step: int, progress: Progress) -> None:
         """Start to save; the disk is written to while training goes on."""

@@ -7,7 +7,6 @@ Knows losses and counts only; going back is the trainer's business.
 
 import dataclasses
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -104,7 +103,6 @@ class Guard:
     ) -> None:
         self.survival, self.precision = survival, precision
         self.progress = progress
-        self._recent = deque(progress.recent_losses, survival.spike_window)
 
     def judge(self, step: int, result: StepResult) -> Verdict:
         """What became of ``step`` (0 = the first)."""
@@ -119,8 +117,8 @@ class Guard:
             patience = self.survival.spike_patience
             return Verdict.GO_BACK if progress.spikes_in_a_row >= patience else Verdict.SPIKE
         progress.spikes_in_a_row, progress.streak_start = 0, None
-        self._recent.append(result.losses.total)
-        progress.recent_losses = list(self._recent)
+        recent = [*progress.recent_losses, result.losses.total]
+        progress.recent_losses = recent[-self.survival.spike_window :]
         return Verdict.GOOD
 
     def _judge_bad(self, step: int, last_scale: float) -> Verdict:
@@ -139,11 +137,12 @@ class Guard:
             self.progress.streak_start = step
 
     def _is_spike(self, loss: float) -> bool:
-        sigma = self.survival.spike_sigma
-        if not sigma or len(self._recent) < self.survival.spike_window:
+        sigma, window = self.survival.spike_sigma, self.survival.spike_window
+        recent = self.progress.recent_losses[-window:]
+        if not sigma or len(recent) < window:
             return False
-        mean = math.fsum(self._recent) / len(self._recent)
-        square = math.fsum((each - mean) ** 2 for each in self._recent) / len(self._recent)
+        mean = math.fsum(recent) / window
+        square = math.fsum((each - mean) ** 2 for each in recent) / window
         deviation = max(math.sqrt(square), LEAST_DEVIATION * abs(mean))
         return loss > mean + sigma * deviation
 

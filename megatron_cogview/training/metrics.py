@@ -5,7 +5,6 @@ may stop a run: a row that the disk refuses is counted and lost, and the next on
 """
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -38,10 +37,7 @@ ORDINARY = frozenset({"saved", "skipped", "started", "stopped", "finished"})
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Rows of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return line_file.read(path)[0] if path.is_file() else []
 
 
 class MetricsLog:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_cogview
+from megatron_cogview.checkpoint.identity import differences
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.parallel.topology import Topology
 from megatron_cogview.storage.atomic import write_text
@@ -155,16 +156,5 @@ def _changes(path: Path, config: RunConfig) -> dict[str, list[Any]]:
         then = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    before, now = _leaves(then), _leaves(config.to_dict())
-    names = sorted(before.keys() | now.keys())
-    return {n: [before.get(n), now.get(n)] for n in names if before.get(n) != now.get(n)}
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Settings by their full name, as typed on the command line."""
-    if not isinstance(value, dict):
-        return {path: value}
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= _leaves(inner, f"{path}.{name}" if path else name)
-    return found
+    found = differences("", config.to_dict(), then)
+    return {path: [theirs, mine] for path, mine, theirs in found}

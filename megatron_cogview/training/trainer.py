@@ -7,6 +7,7 @@ weights, so that a run that was interrupted anywhere ends as one that was not.
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ class Trainer:
             self._tell_of_save(self.checkpoints.finish)
             self._tell_of_save(lambda: self.checkpoints.begin(step, self.progress))
 
-    def _tell_of_save(self, act: Any) -> None:
+    def _tell_of_save(self, act: Callable[[], object]) -> None:
         """Do something that may end a save, and tell how it ended."""
         saved, failed = self.checkpoints.saved_step, self.checkpoints.saver.failures
         act()

@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.boxes import Box
 from megatron_cogview.checkpoint.export import (
-    MASTER,
     TABLE,
     export_weights,
     import_weights,
     stored_shapes,
 )
-from megatron_cogview.checkpoint.index import FILE, write_index
+from megatron_cogview.checkpoint.index import FILE, MASTER, OPTIMIZER, write_index
 from megatron_cogview.checkpoint.reader import CheckpointReader
 from megatron_cogview.checkpoint.scalars import write_common
 from megatron_cogview.checkpoint.snapshot import Piece, Snapshot
@@ -43,7 +42,7 @@ def checkpoint(root: Path, config: RunConfig, half: bool = False) -> Path:
             data[VOCAB.size :] = 0
         pieces.append(Piece("optimizer.state.exp_avg." + key, shape, box, data * 2, True))
         if half:
-            pieces.append(Piece(MASTER + key, shape, box, data, True))
+            pieces.append(Piece(f"{OPTIMIZER}.{MASTER}.{key}", shape, box, data, True))
         pieces.append(Piece(key, shape, box, data.bfloat16() if half else data, True))
     commit.prepare(root, 7)
     folder, snapshot = commit.temporary_directory(root, 7), Snapshot(with_cuda=False)
@@ -73,7 +72,9 @@ def test_round_trip_bit_for_bit(half: bool, config: RunConfig, tmp_path: Path) -
     old, new = CheckpointReader(source), CheckpointReader(back)
     assert set(new.index) == set(stored_shapes(config.model))
     for key in new.index:
-        assert torch.equal(new.whole(key), old.whole(MASTER + key if half else key))
+        assert torch.equal(
+            new.whole(key), old.whole(f"{OPTIMIZER}.{MASTER}.{key}" if half else key)
+        )
     again = tmp_path / "again.safetensors"
     export_weights(back, again)
     # The order of the metadata is the library's whim; tensors and values are the same.

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_cogview.analysis.training_speed.shapes import with_grid
 from megatron_cogview.configs.budget import rank_budget
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.presets import base_4b
 from megatron_cogview.testing.gpu_check import report, suites, training
 from megatron_cogview.testing.gpu_check.rows import Outcome, Row, Skip, exit_code, run_rows
 from megatron_cogview.testing.gpu_check.run import resolve_device
-from megatron_cogview.testing.gpu_check.synthetic import micro_run, with_grid
+from megatron_cogview.testing.gpu_check.synthetic import micro_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"

@@ -1,6 +1,7 @@
 """Largest sizes and scores of single tensors, against plain arithmetic."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.kernels.pivot_attention.reference import visible_keys
 from megatron_cogview.model import watch
+from megatron_cogview.model.attention import CogViewCoreAttention
 from megatron_cogview.model.watch import largest_score, largest_size
 
 PIVOT = AttentionConfig(kind="pivot", window_block=4, window_blocks=1, num_pivots=5)
@@ -21,7 +23,9 @@ def inputs(queries=19, keys=19, dtype=torch.float32):
 
 
 def core(attention):
-    return SimpleNamespace(attention=attention, layer_number=3, sequence_length=19)
+    found = SimpleNamespace(attention=attention, layer_number=3, sequence_length=19)
+    found.visible = partial(CogViewCoreAttention.visible, found)
+    return found
 
 
 def direct(query, key, visible):

@@ -23,6 +23,7 @@ from megatron_cogview.model.precision import DTYPES
 from megatron_cogview.parallel import launch, topology
 from megatron_cogview.parallel.seeding import seed_initialization
 from megatron_cogview.tokenization.layout import SequenceLayout
+from megatron_cogview.training.throughput import device_peak
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def _rates(
     tokens = t.global_batch_size * config.sequence.model_length
     model_tflops = flops_per_token(config) * tokens / seconds / 1e12
     square = roofline.square_tflops(_SQUARE[device.type], device, dtype, 20)
-    specified = roofline.specified_tflops(device)
+    specified = device_peak(config, device)
     gemms = roofline.best_seconds(config, device, dtype, 20)
     return {
         "parameters": config.model.num_params(),
@@ -217,7 +218,7 @@ def _rates(
         "model_tflops": model_tflops,
         "square_product_tflops": square,
         "mfu_of_square_product": model_tflops / square,
-        "mfu_of_specification": None if specified is None else model_tflops / specified,
+        "mfu_of_specification": None if specified is None else 1e12 * model_tflops / specified,
         "products_seconds": gemms,
         "products_tflops": roofline.gemm_flops(config) / gemms / 1e12,
         "roofline_fraction": gemms / seconds,

@@ -16,14 +16,6 @@ import torch.nn.functional as F
 
 from megatron_cogview.configs.run import RunConfig
 
-SPECIFIED_TFLOPS = {
-    "NVIDIA A100": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA GH200": 989.0,
-}
-"""Dense 16-bit matrix products by the maker's data sheet, by how the device's name begins."""
-
 
 class Linear(NamedTuple):
     """A matrix that tokens are multiplied with."""
@@ -83,15 +75,6 @@ def square_tflops(side: int, device: torch.device, dtype: torch.dtype, rounds: i
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, rounds) / 1e12
-
-
-def specified_tflops(device: torch.device) -> float | None:
-    """The data sheet's figure, if this device is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    found = [rate for begin, rate in SPECIFIED_TFLOPS.items() if name.startswith(begin)]
-    return found[0] if found else None
 
 
 def _best(run: Callable[[], object], device: torch.device, rounds: int) -> float:

@@ -62,9 +62,7 @@ def _cut_down(name: str) -> RunConfig:
         hidden, heads, codes, pieces, side = 64, 2, 64, 64, 4
     # CPUs have no fused attention with dropout.
     dropout = 0.0 if name == TOY else base.model.hidden_dropout
-    tokenizer = replace(base.image_tokenizer, num_codes=codes)
-    saved = base.sequence.codes_per_side[0] ** 2 - side**2
-    return replace(
+    run = replace(
         base,
         preset=name,
         model=replace(
@@ -76,11 +74,25 @@ def _cut_down(name: str) -> RunConfig:
             hidden_dropout=dropout,
             attention_dropout=dropout,
         ),
-        image_tokenizer=replace(tokenizer, image_size=side << tokenizer.downsampling_layers),
-        sequence=replace(
-            base.sequence, codes_per_side=(side,), length=base.sequence.length - saved
-        ),
+        image_tokenizer=replace(base.image_tokenizer, num_codes=codes),
         training=replace(base.training, micro_batch_size=2),
+    )
+    return with_grid(run, side)
+
+
+def with_grid(config: RunConfig, side: int) -> RunConfig:
+    """``config`` for pictures of ``side`` x ``side`` codes; the sequence shrinks with them."""
+    old = config.sequence.codes_per_side[-1]
+    if side > old:
+        raise ValueError(f"side {side} is larger than the model's {old}")
+    saved = old * old - side * side
+    tokenizer = config.image_tokenizer
+    return replace(
+        config,
+        sequence=replace(
+            config.sequence, codes_per_side=(side,), length=config.sequence.length - saved
+        ),
+        image_tokenizer=replace(tokenizer, image_size=side << tokenizer.downsampling_layers),
     )
 
 
@@ -107,7 +119,31 @@ def case(
         ConfigError: not even one sequence fits.
     """
     base = named(name)
-    wanted = size = micro_batch_size or base.training.micro_batch_size
+    wanted = micro_batch_size or base.training.micro_batch_size
+    try:
+        config = fitted(base, shards, dtype, wanted, micro_batches, gpu_bytes)
+    except ConfigError as error:
+        short = name.partition(":")[0]
+        raise ConfigError(f"{name} {error}; name fewer layers, for example {short}:4") from None
+    size = config.training.micro_batch_size
+    note = f"micro-batch {size} instead of {wanted}" if size != wanted else ""
+    return Case(name=name, config=config, note=note)
+
+
+def fitted(
+    base: RunConfig,
+    shards: str,
+    dtype: str,
+    micro_batch_size: int,
+    micro_batches: int,
+    gpu_bytes: int | None,
+) -> RunConfig:
+    """``base`` on one process, its micro-batch halved until it fits; see :func:`case`.
+
+    Raises:
+        ConfigError: not even one sequence fits.
+    """
+    size = micro_batch_size
     while True:
         config = replace(
             base,
@@ -120,13 +156,11 @@ def case(
         )
         needed = rank_budget(config, 1).total_bytes
         if gpu_bytes is None or needed <= USABLE_FRACTION * gpu_bytes:
-            note = f"micro-batch {size} instead of {wanted}" if size != wanted else ""
-            return Case(name=name, config=config, note=note)
+            return config
         if size == 1:
             raise ConfigError(
-                f"{name} does not fit: {needed / 2**30:.1f} GiB counted for one sequence, and "
-                f"{USABLE_FRACTION:.0%} of {gpu_bytes / 2**30:.1f} GiB may be filled; name fewer "
-                f"layers, for example {name.partition(':')[0]}:4"
+                f"does not fit: {needed / 2**30:.1f} GiB counted for one sequence, and "
+                f"{USABLE_FRACTION:.0%} of {gpu_bytes / 2**30:.1f} GiB may be filled"
             )
         size //= 2
 

@@ -7,7 +7,6 @@ outside the output folder, every process that is started and every name that a p
 """
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from megatron_cogview.data.released import CompactBinary
 from megatron_cogview.data.sources import SourceOptions, open_source
 from megatron_cogview.data.token_rows import parse_row
 from megatron_cogview.data.tokenize import Work, tokenize_dataset
+from megatron_cogview.testing.audit import Audit
 from megatron_cogview.testing.data_faults import journal
 from megatron_cogview.testing.data_faults.kills import make_encoder
 from megatron_cogview.testing.data_faults.mutations import Mutator, large_seeds, seeds
@@ -98,7 +98,7 @@ class FuzzCampaign:
         taken, refused = Counter[str](), Counter[str]()
         output = folder / "output"
         output.mkdir()
-        watch = _Watch(output)
+        watch = Audit(_Judge(output))
         for case in range(number * self._cases, (number + 1) * self._cases):
             kind = KINDS[case % len(KINDS)]
             sender.send({"case": case, "case_kind": kind, "findings": findings})
@@ -189,43 +189,26 @@ def _memory(name: str) -> int:
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
-class _Watch:
-    """What a case does to the world outside the output folder."""
+class _Judge:
+    """Whether a case may do something to the world outside the output folder."""
 
     def __init__(self, allowed: Path) -> None:
         self._allowed = str(allowed.resolve())
-        self._active = False
-        self._seen: list[str] = []
-        sys.addaudithook(self._hook)
 
-    def __enter__(self) -> None:
-        self._active = True
-
-    def __exit__(self, *_: object) -> None:
-        self._active = False
-
-    def take(self) -> list[str]:
-        """Events since the last call."""
-        seen, self._seen = self._seen, []
-        return seen
-
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._active:
-            return
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> str | None:
         if event == "subprocess.Popen" and list(arguments[1])[: len(COMMAND)] == COMMAND:
-            return
+            return None
         if event in _FORBIDDEN:
-            self._seen.append(f"{event} {arguments!r}"[:200])
-        elif event == "open":
+            return f"{event} {arguments!r}"[:200]
+        paths: tuple[Any, ...] = arguments if event in _WRITES else ()
+        if event == "open":
             path, _, flags = arguments
-            if isinstance(flags, int) and flags & _WRITE_FLAGS and isinstance(path, str | bytes):
-                self._check(event, os.fsdecode(path))
-        elif event in _WRITES:
-            for path in arguments:
-                if isinstance(path, str | bytes) and path:
-                    self._check(event, os.fsdecode(path))
+            paths = (path,) if isinstance(flags, int) and flags & _WRITE_FLAGS else ()
+        for path in paths:
+            if isinstance(path, str | bytes) and path and not self._is_inside(os.fsdecode(path)):
+                return f"{event} of {os.path.abspath(os.fsdecode(path))}"
+        return None
 
-    def _check(self, event: str, path: str) -> None:
+    def _is_inside(self, path: str) -> bool:
         full = os.path.abspath(path)
-        if full != os.devnull and not (full + os.sep).startswith(self._allowed + os.sep):
-            self._seen.append(f"{event} of {full}")
+        return full == os.devnull or (full + os.sep).startswith(self._allowed + os.sep)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_cogview.analysis.training_speed.shapes import with_grid
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.precision import PrecisionConfig
 from megatron_cogview.configs.presets import base_4b, base_363m
@@ -15,7 +16,7 @@ from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.parallel import topology
 from megatron_cogview.parallel.seeding import seed_initialization
 from megatron_cogview.testing.gpu_check.rows import Figures, Row
-from megatron_cogview.testing.gpu_check.synthetic import micro_run, with_grid
+from megatron_cogview.testing.gpu_check.synthetic import micro_run
 
 _WARMUP_SIDE = 2
 

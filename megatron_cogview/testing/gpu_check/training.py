@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_cogview.configs.budget import USABLE_FRACTION, flops_per_token, rank_budget
-from megatron_cogview.configs.parallel import ParallelConfig
-from megatron_cogview.configs.precision import PrecisionConfig
+from megatron_cogview.analysis.training_speed.shapes import fitted, write_random_shards
+from megatron_cogview.configs.budget import flops_per_token
+from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.presets import base_4b, base_363m
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import build_loader
 from megatron_cogview.parallel import topology
 from megatron_cogview.parallel.seeding import seed_initialization, seed_step
 from megatron_cogview.testing.gpu_check.rows import Figures, Row, Skip
-from megatron_cogview.testing.gpu_check.synthetic import micro_run, write_random_shards
+from megatron_cogview.testing.gpu_check.synthetic import micro_run
 from megatron_cogview.testing.gpu_check.timing import gemm_tflops
 from megatron_cogview.tokenization.layout import SequenceLayout
 
@@ -98,27 +98,10 @@ def prepare(case: Case, shards: str, gpu_bytes: int | None) -> RunConfig:
         Skip: not even one sequence fits.
     """
     size = case.config.training.micro_batch_size
-    while True:
-        config = replace(
-            case.config,
-            parallel=ParallelConfig(),
-            precision=PrecisionConfig(dtype="bf16"),
-            data=replace(case.config.data, shards=(shards,), validation_fraction=0.0),
-            training=replace(
-                case.config.training,
-                micro_batch_size=size,
-                global_batch_size=size * case.micro_batches,
-            ),
-        )
-        needed = rank_budget(config, 1).total_bytes
-        if gpu_bytes is None or needed <= USABLE_FRACTION * gpu_bytes:
-            return config
-        if size == 1:
-            raise Skip(
-                f"does not fit: {needed / 2**30:.1f} GiB counted, and {USABLE_FRACTION:.0%} of "
-                f"{gpu_bytes / 2**30:.1f} GiB may be filled"
-            )
-        size //= 2
+    try:
+        return fitted(case.config, shards, "bf16", size, case.micro_batches, gpu_bytes)
+    except ConfigError as error:
+        raise Skip(str(error)) from None
 
 
 def _run_case(

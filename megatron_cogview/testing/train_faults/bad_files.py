@@ -2,7 +2,7 @@
 
 A flipped bit must be seen before anything is loaded.  A hostile checkpoint, whose hashes are
 right, must be refused or read, and must do nothing else: start no process, open nothing for
-writing, import nothing, and take little time and memory.
+writing and nothing outside its folder, import nothing, and take little time and memory.
 """
 
 import codecs
@@ -11,7 +11,6 @@ import pickle
 import resource
 import shutil
 import struct
-import sys
 import time
 from collections import Counter
 from multiprocessing import get_context
@@ -30,6 +29,7 @@ from megatron_cogview.checkpoint.scalars import read_common
 from megatron_cogview.configs.errors import CheckpointError
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.storage.digest import sha256_file, write_json_with_digest
+from megatron_cogview.testing.audit import Audit
 from megatron_cogview.testing.data_faults import journal
 from megatron_cogview.testing.toy_run import toy_config, write_tokens
 from megatron_cogview.testing.train_faults.runs import Run, committed
@@ -135,11 +135,12 @@ class HostileCampaign:
         journal.after_fork()
         findings: list[str] = []
         outcomes = Counter[str]()
-        watch, before, slowest = _Watch(), _peak(), 0.0
+        before, slowest = _peak(), 0.0
         with TemporaryDirectory(dir=self._folder) as name:
+            target = Path(name) / self._source.name
+            watch = Audit(_Judge(target))
             for case in range(CASES_PER_TRIAL):
                 rng = np.random.default_rng([number, case, 41])
-                target = Path(name) / self._source.name
                 shutil.copytree(self._source, target)
                 kind = mutate(target, rng)
                 sender.send({"case": case, "mutation": kind, "findings": findings})
@@ -243,28 +244,19 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class _Watch:
-    """What a case does besides reading."""
+class _Judge:
+    """Whether reading a checkpoint may do something: look into its folder, and nothing else."""
 
-    def __init__(self) -> None:
-        self._active = False
-        self._seen: list[str] = []
-        sys.addaudithook(self._hook)
+    def __init__(self, folder: Path) -> None:
+        self._folder = os.path.realpath(folder)
 
-    def __enter__(self) -> None:
-        self._active = True
-
-    def __exit__(self, *_: object) -> None:
-        self._active = False
-
-    def take(self) -> list[str]:
-        """Events since the last call."""
-        seen, self._seen = self._seen, []
-        return seen
-
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._active:
-            return
-        is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITE_FLAGS
-        if is_write or event in _FORBIDDEN:
-            self._seen.append(f"{event} {arguments!r}"[:200])
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> str | None:
+        if event in _FORBIDDEN:
+            return f"{event} {arguments!r}"[:200]
+        if event != "open" or not isinstance(arguments[0], str | bytes):
+            return None
+        path, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[2]
+        is_write = isinstance(flags, int) and flags & _WRITE_FLAGS
+        if is_write or not (path + os.sep).startswith(self._folder + os.sep):
+            return f"open of {path} with flags {flags}"
+        return None
