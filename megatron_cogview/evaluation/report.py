@@ -14,7 +14,7 @@ from typing import Any
 from megatron_cogview import __version__
 from megatron_cogview.configs.errors import DataError
 from megatron_cogview.data.shards import read_manifest
-from megatron_cogview.training.metrics import read_metrics
+from megatron_cogview.training import line_file
 
 SPLITS = ("seen", "held_out")
 JUDGED = ("colour", "shape", "size", "position", "all")
@@ -160,9 +160,12 @@ def _read_json(path: Path, *required: str) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> list[Row]:
     try:
-        return read_metrics(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error})") from error
+        rows, damaged = line_file.read(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if damaged:
+        raise DataError(f"{path}: {damaged} damaged lines; a curve would lack them")
+    return rows
 
 
 def _read_prompts(path: Path) -> dict[str, dict[str, Any]]:
