@@ -7,6 +7,7 @@ manifest verifies, never that a directory exists.
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ POINTER = "latest"
 """A file with the name of the newest checkpoint, for people and scripts; loading looks itself."""
 MAX_MANIFEST_BYTES = 1 << 26
 MOST_STEPS = 1 << 53
-_TEMPORARY = ".incomplete"
+TEMPORARY = ".incomplete"
 _REPLACED = ".replaced"
 
 
@@ -39,19 +40,19 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def temporary_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is written."""
-    return root / (checkpoint_name(step) + _TEMPORARY)
+def prepare(root: Path, step: int) -> Path:
+    """Make the directory in which the checkpoint of ``step`` is written, and clear away what killed
+    processes left.
 
-
-def prepare(root: Path, step: int) -> None:
-    """Make the temporary directory, and clear away what killed processes left."""
+    No two have the same name: of two runs that write here by mistake, as after a queue that started
+    a job again too early, the first one's save fails, and nothing is mixed.
+    """
     if not root.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         for made in (root.parent, root.parent.parent):
             fsync_directory(made)
     # A network file system may keep a file that someone has open; that is no reason not to save.
-    for stale in root.glob(f"*{_TEMPORARY}"):
+    for stale in root.glob(f"*{TEMPORARY}"):
         shutil.rmtree(stale, ignore_errors=True)
     for aside in root.glob(f"*{_REPLACED}"):
         final = root / aside.name.removesuffix(_REPLACED)
@@ -59,19 +60,21 @@ def prepare(root: Path, step: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(aside, final)
-    temporary_directory(root, step).mkdir()
+    temporary = root / f"{checkpoint_name(step)}.{secrets.token_hex(4)}{TEMPORARY}"
+    temporary.mkdir()
+    return temporary
 
 
 def commit(
-    root: Path,
+    temporary: Path,
     step: int,
     state: Mapping[str, Any],
     files: Mapping[str, tuple[int, str]],
 ) -> Path:
-    """Make the temporary directory of ``step`` a checkpoint.  Called by one process.
+    """Make a directory of :func:`prepare` a checkpoint.  Called by one process.
 
     Args:
-        root: folder of a run's checkpoints.
+        temporary: the directory.
         step: completed steps.
         state: JSON values kept in the manifest.
         files: bytes and SHA-256 of files whose writers have flushed them; others are hashed and
@@ -83,7 +86,8 @@ def commit(
     Raises:
         OSError: the disk refuses, or a file is gone.
     """
-    temporary, final = temporary_directory(root, step), root / checkpoint_name(step)
+    root = temporary.parent
+    final = root / checkpoint_name(step)
     found, listed = _files(temporary), {}
     gone = set(files) - {path.name for path in found}
     if gone:
@@ -127,9 +131,9 @@ def flushed(path: Path) -> tuple[int, str]:
     return path.stat().st_size, sha256_file(path)
 
 
-def discard(root: Path, step: int) -> None:
+def discard(temporary: Path) -> None:
     """Remove what there is of a checkpoint that is not to be."""
-    shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def retain(root: Path, keep: int, keep_every: int = 0, newest: int = MOST_STEPS) -> list[Path]:
@@ -147,7 +151,7 @@ def retain(root: Path, keep: int, keep_every: int = 0, newest: int = MOST_STEPS)
 
 def _taken_out(directory: Path) -> Path:
     # A removal that is interrupted must not leave half a checkpoint under a good name.
-    doomed = directory.with_name(directory.name + _TEMPORARY)
+    doomed = directory.with_name(directory.name + TEMPORARY)
     os.rename(directory, doomed)
     return doomed
 

@@ -127,8 +127,7 @@ def import_weights(source: Path, root: Path) -> Path:
             shapes = stored_shapes(config.model)
             _check_tensors(source, file, config.model, shapes)
             pieces = _pieces(file, shapes)
-            commit.prepare(root, step)
-            folder = commit.temporary_directory(root, step)
+            folder = commit.prepare(root, step)
             snapshot = Snapshot(with_cuda=False)
             snapshot.take(list(pieces))
     except (SafetensorError, OSError) as error:
@@ -136,7 +135,7 @@ def import_weights(source: Path, root: Path) -> Path:
     written = snapshot.write(folder, 0)
     write_index(folder / INDEX, written.entries, {})
     write_common(folder, {})
-    return commit.commit(root, step, about, written.files)
+    return commit.commit(folder, step, about, written.files)
 
 
 def _save(tensors: dict[str, torch.Tensor], output: Path, metadata: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cogview.configs.errors import CheckpointError
 
 MAX_BYTES = 1 << 27
-MAX_OPCODES = 10_000_000
+MAX_OPCODES = 12_000_000
 """A part of a tensor takes 72, and a thousand ranks have some 30,000 parts; each takes, at worst,
 200 bytes of memory."""
 MAX_INTEGER_BITS = 63

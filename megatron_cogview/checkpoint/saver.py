@@ -10,10 +10,10 @@ What a disk refuses ends a save, never a run, and never harms the checkpoints th
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from megatron_cogview.checkpoint.snapshot import ShardedState, Snapshot, Written
 from megatron_cogview.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 LONGEST_CLOSE_S = 120.0
@@ -74,6 +76,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._removal: threading.Thread | None = None
         self._step = 0
+        self._folder: Path | None = None
+        """Where the save in flight is written; None when it could not be made."""
         self._manifest_state: dict[str, Any] = {}
         self._common: dict[str, Any] = {}
         self._written: Written | None = None
@@ -88,6 +92,12 @@ class Saver:
         if self._thread is not None and self._thread.is_alive():
             return Status.WRITING
         return Status.WRITTEN if self._error is None else Status.FAILED
+
+    def reserve(self, state: ShardedState) -> None:
+        """Get the memory for copies of such a state now: the first save needs it in a hurry."""
+        error = self._with_memory(lambda: self._snapshot.reserve(state.pieces))
+        if error is not None:
+            logger.warning("rank %d: %s", self.topology.rank, error)
 
     def begin(self, step: int, manifest_state: dict[str, Any], state: ShardedState) -> None:
         """Start to save.  All ranks call it together, with nothing in flight.
@@ -105,7 +115,7 @@ class Saver:
         self._written, self._thread = None, None
         self._error = self._prepare()
         if self._error is None:
-            self._error = self._copy(state)
+            self._error = self._with_memory(lambda: self._snapshot.take(state.pieces))
         if self._error is not None:
             return
         objects = list(state.objects)
@@ -123,32 +133,37 @@ class Saver:
 
     def _prepare(self) -> str | None:
         """Rank 0 makes the folder; everyone learns whether there is one."""
-        problem = None
+        name: str | None = None
+        problem: str | None = None
         if self.topology.is_main:
             self._finish_removal()
             try:
-                commit.prepare(self.root, self._step)
+                name = commit.prepare(self.root, self._step).name
             except OSError as error:
                 problem = str(error)
-        return self._from_main(problem)
+        name, problem = self._from_main((name, problem))
+        self._folder = None if name is None else self.root / name
+        return problem
 
-    def _from_main(self, problem: str | None) -> str | None:
+    def _from_main(self, said: _T) -> _T:
         """What rank 0 says, on every rank."""
-        outcome = [problem]
+        box = [said]
         if self.topology.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
-        return outcome[0]
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
 
-    def _copy(self, state: ShardedState) -> str | None:
+    @staticmethod
+    def _with_memory(act: Callable[[], None]) -> str | None:
         try:
-            self._snapshot.take(state.pieces)
+            act()
         except (MemoryError, RuntimeError) as error:
             # Host memory may be short; the next save may find more.
             return f"no host memory for a copy of the state: {error}"
         return None
 
     def _write(self, objects: list[str]) -> None:
-        folder = commit.temporary_directory(self.root, self._step)
+        folder = self._folder
+        assert folder is not None
         try:
             written = self._snapshot.write(folder, self.topology.rank, objects)
             if self.topology.is_main:
@@ -207,15 +222,17 @@ class Saver:
             ]
             if problems:
                 raise OSError("; ".join(dict.fromkeys(problems)))
+            assert self._folder is not None
             parts = [written for written, _ in everyone if written is not None]
             objects = {key: place for part in parts for key, place in part.objects.items()}
             entries = [entry for part in parts for entry in part.entries]
-            write_index(commit.temporary_directory(self.root, self._step) / INDEX, entries, objects)
+            write_index(self._folder / INDEX, entries, objects)
             files = {name: about for part in parts for name, about in part.files.items()}
-            commit.commit(self.root, self._step, self._manifest_state, files)
+            commit.commit(self._folder, self._step, self._manifest_state, files)
         except Exception as error:
             # The other ranks wait for the outcome, whatever it is.
-            commit.discard(self.root, self._step)
+            if self._folder is not None:
+                commit.discard(self._folder)
             logger.error("checkpoint of step %d: not saved: %s", self._step, error)
             return str(error)
         try:

@@ -14,6 +14,9 @@ from megatron_cogview.checkpoint.blobs import ALIGNMENT, BlobFile
 from megatron_cogview.checkpoint.boxes import Box
 from megatron_cogview.checkpoint.index import Entry, Place
 
+CHUNK_BYTES = 1 << 28
+"""Of host memory; a larger piece has a chunk of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -54,32 +57,58 @@ class Written:
 
 class Snapshot:
     """Host memory that is kept from save to save, because getting it anew takes longer than filling
-    it."""
+    it.  It comes in chunks: what is pinned for a GPU is rounded up to a power of two."""
 
     def __init__(self, with_cuda: bool) -> None:
         self._pinned = with_cuda
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._chunks: list[torch.Tensor] = []
         self._copies: list[tuple[Piece, torch.Tensor]] = []
 
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Get the memory for such pieces now, so that not even the first copy waits for it.
+
+        Raises:
+            RuntimeError: there is not enough.
+        """
+        self._rooms([piece for piece in pieces if piece.is_written])
+
     def take(self, pieces: Sequence[Piece]) -> None:
-        """Copy what this rank writes of ``pieces``."""
+        """Copy what this rank writes of ``pieces``.
+
+        Raises:
+            RuntimeError: there is not enough memory.
+        """
         ours = [piece for piece in pieces if piece.is_written]
-        ends, end = [], 0
-        for piece in ours:
-            end += -end % ALIGNMENT + piece.data.numel() * piece.data.element_size()
-            ends.append(end)
-        if self._memory.numel() < end:
-            # The old memory goes first.
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=self._pinned)
         self._copies = []
-        for piece, stop in zip(ours, ends, strict=True):
-            size = piece.data.numel() * piece.data.element_size()
-            flat = self._memory[stop - size : stop].view(piece.data.dtype)
+        for piece, room in zip(ours, self._rooms(ours), strict=True):
+            flat = room.view(piece.data.dtype)
             flat.view(piece.data.shape).copy_(piece.data, non_blocking=self._pinned)
             self._copies.append((piece, flat))
         if self._pinned:
             torch.cuda.synchronize()
+
+    def _rooms(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """A range of the memory for each piece."""
+        lengths: list[int] = []
+        plan = []
+        for piece in pieces:
+            size = piece.data.numel() * piece.data.element_size()
+            start = lengths[-1] + -lengths[-1] % ALIGNMENT if lengths else 0
+            if not lengths or start + size > CHUNK_BYTES:
+                lengths.append(0)
+                start = 0
+            lengths[-1] = start + size
+            plan.append((len(lengths) - 1, start, size))
+        if lengths != [chunk.numel() for chunk in self._chunks]:
+            # The old memory goes first.
+            self._chunks = []
+            self._chunks = [self._new(length) for length in lengths]
+        return [self._chunks[number][start : start + size] for number, start, size in plan]
+
+    def _new(self, length: int) -> torch.Tensor:
+        chunk = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned)
+        # The system gives pages only when they are written to; pinned ones are there.
+        return chunk if self._pinned else chunk.zero_()
 
     def write(self, folder: Path, rank: int, objects: Sequence[str] = ()) -> Written:
         """Write the copies into one file of ``folder``; needs no other rank.

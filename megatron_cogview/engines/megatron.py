@@ -183,7 +183,7 @@ class MegatronEngine:
                 dist.all_reduce(sums, op=dist.ReduceOp.MAX, group=self.topology.tensor_group)
         if self.topology.pipeline_size > 1:
             dist.broadcast(sums, self.topology.last_stage_rank, group=self.topology.pipeline_group)
-        return Losses.from_sums(sums)
+        return Losses.from_sums(sums.tolist())
 
     def sharded_state(self) -> ShardedState:
         """See :class:`~megatron_cogview.engines.base.Engine`."""

@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +25,13 @@ class Losses:
     """Mean loss of text labels: every label that is neither an image code nor padding."""
     image: float
     """Mean loss of image-code labels."""
+    sums: tuple[float, ...]
+    """What they are the means of (:data:`SUMS`)."""
 
     @classmethod
-    def from_sums(cls, sums: torch.Tensor) -> "Losses":
-        """From the vector named by :data:`SUMS`."""
-        v = dict(zip(SUMS, sums.tolist(), strict=True))
+    def from_sums(cls, sums: Sequence[float]) -> "Losses":
+        """From the numbers named by :data:`SUMS`."""
+        v = dict(zip(SUMS, sums, strict=True))
 
         def mean(value: float, count: float) -> float:
             return value / count if count > 0 else float("nan")
@@ -36,6 +40,14 @@ class Losses:
             total=mean(v["total"], v["total_weight"]),
             text=mean(v["text"], v["text_count"]),
             image=mean(v["image"], v["image_count"]),
+            sums=tuple(sums),
+        )
+
+    @classmethod
+    def of_all(cls, parts: Sequence["Losses"]) -> "Losses":
+        """Means over several global batches; each label counts once, in whatever batch it is."""
+        return cls.from_sums(
+            [math.fsum(each) for each in zip(*(p.sums for p in parts), strict=True)]
         )
 
 

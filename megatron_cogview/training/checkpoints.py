@@ -66,6 +66,10 @@ class Checkpoints:
         self._saving_step = -1
         self._again_from: int | None = None
 
+    def reserve(self) -> None:
+        """Get the host memory that saving takes, before training begins."""
+        self.saver.reserve(self.engine.sharded_state())
+
     def resume(self) -> tuple[int, Progress]:
         """Load the newest whole checkpoint of the run's folder.
 

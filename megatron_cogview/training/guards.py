@@ -41,6 +41,8 @@ class Progress:
     """Spikes in a row."""
     last_scale: float = 0.0
     """Loss scale after the last step; 0 before the first."""
+    owes_validation: bool = False
+    """Whether validation behind the last step was left for the next start: the run had to stop."""
 
     def batch(self, step: int) -> int:
         """Number of the batch of step ``step`` (0 = the first): the batches left out are passed
@@ -176,6 +178,7 @@ class Guard:
             left_out=self.progress.left_out,
             bad_steps=self.progress.bad_steps,
             rollbacks=self.progress.rollbacks + 1,
+            owes_validation=False,
         )
         later.leave_out(self.progress.batch(first), self.progress.batch(last) + 1)
         return later

@@ -60,23 +60,25 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, damaged
 
 
-def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop everything from the first row on whose ``step`` is larger; needs no space on the disk.
+def cut_after(path: Path, step: int, aside: Path) -> None:
+    """Move everything from the first row on whose ``step`` is larger to the end of another file.
 
-    Returns:
-        The rows that were dropped.
+    Raises:
+        OSError: nothing is lost, but some rows may be in both files.
     """
     end = 0
-    dropped: list[dict[str, Any] | None] = []
+    moved: list[dict[str, Any] | None] = []
     for line in path.read_bytes().splitlines(keepends=True):
         row = _parsed(line)
-        if dropped or (row is not None and row["step"] > step):
-            dropped.append(row)
+        if moved or (row is not None and row["step"] > step):
+            moved.append(row)
         else:
             end += len(line)
-    if dropped:
+    for row in moved:
+        if row is not None:
+            append(aside, row)
+    if moved:
         os.truncate(path, end)
-    return [row for row in dropped if row is not None]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

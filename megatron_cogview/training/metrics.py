@@ -52,6 +52,7 @@ class MetricsLog:
         enabled: whether this is the process that writes.
         what: label of the progress bar.
         shown: numbers to show on the console; all of them if empty.
+        again: a number of step ``start`` that is to be written again, if it is there.
 
     Raises:
         OSError: the folder cannot be written at all, which is better known before the first step.
@@ -65,6 +66,7 @@ class MetricsLog:
         enabled: bool,
         what: str = "step",
         shown: tuple[str, ...] = (),
+        again: str = "",
     ) -> None:
         self.folder, self.total = folder, total
         self.enabled = enabled
@@ -82,16 +84,17 @@ class MetricsLog:
         if has_bar:
             self._held.enter_context(logging_redirect_tqdm())
         folder.mkdir(parents=True, exist_ok=True)
-        self._drop_repeated(start)
+        self._drop_repeated(start, again)
         self.board = _Board(folder / "tensorboard", start)
 
-    def _drop_repeated(self, start: int) -> None:
+    def _drop_repeated(self, start: int, again: str) -> None:
         """A resumed run repeats the steps since its checkpoint; their first account goes."""
         path = self.folder / FILE
         rows, damaged = line_file.read(path) if path.is_file() else ([], 0)
         if damaged:
             logger.warning("%s: %d damaged lines dropped", path, damaged)
         kept = [row for row in rows if row["step"] <= start]
+        kept = [row for row in kept if row["step"] < start or again not in row]
         write_bytes(path, b"".join(line_file.line_of(row) for row in kept))
 
     def __enter__(self) -> Self:
@@ -154,8 +157,8 @@ class MetricsLog:
 
     def _put_aside(self, step: int) -> None:
         path = self.folder / FILE
-        for row in line_file.cut_after(path, step) if path.is_file() else []:
-            line_file.append(self.folder / ROLLED_BACK, row)
+        if path.is_file():
+            line_file.cut_after(path, step, self.folder / ROLLED_BACK)
 
     def _try(self, what: str, act: Callable[[], object]) -> None:
         """Do something that a disk may refuse; say so the first time."""

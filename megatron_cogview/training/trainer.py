@@ -14,6 +14,7 @@ from typing import Any
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.loader import TrainLoader
 from megatron_cogview.engines.base import Engine, StepObserver, StepResult
+from megatron_cogview.model.loss import Losses
 from megatron_cogview.model.watch import ActivationWatch
 from megatron_cogview.parallel import agreement
 from megatron_cogview.parallel.seeding import seed_step
@@ -99,6 +100,7 @@ class Trainer:
                 start, self.progress = self.checkpoints.resume()
                 # Only now is it known that the folder is this run's.
                 run_folder.write(self.folder, self.config, self.topology)
+                self.checkpoints.reserve()
             self.stragglers = StragglerWatch(self.topology, survival.straggler_factor)
             self.observer = _Observer(self.watchdog, self.stragglers)
             self.engine.observer = self.observer
@@ -109,6 +111,8 @@ class Trainer:
             self.throughput = Throughput(self.config, self.topology, total, start)
             self.guard = Guard(survival, self.config.precision, self.progress)
             step, stopping = start, self._agree()
+            if self.progress.owes_validation and not stopping:
+                stopping = not self._validate(start)
             while step < total and not stopping:
                 step, stopping = self._advance(step, first=step == start)
             self._finish(step)
@@ -116,7 +120,9 @@ class Trainer:
 
     def _new_log(self, start: int) -> MetricsLog:
         training = self.config.training
-        return MetricsLog(self.folder, start, training.steps, self.topology.is_main, "pretrain")
+        again = "validation_loss" if self.progress.owes_validation else ""
+        main = self.topology.is_main
+        return MetricsLog(self.folder, start, training.steps, main, "pretrain", again=again)
 
     def _advance(self, step: int, first: bool) -> tuple[int, bool]:
         """One step and what falls due after it.
@@ -135,10 +141,11 @@ class Trainer:
             self.log.write(done, self._numbers(step, result))
             self._report_stragglers(done)
         stopping = self._agree()
-        # Whoever asks to stop may not wait for long.
-        due = training.validate_every and (done % training.validate_every == 0 or last)
-        if due and (last or not stopping):
-            self.log.write(done, self._validate())
+        if training.validate_every and (done % training.validate_every == 0 or last):
+            # Whoever asks to stop may not wait for long.
+            self.progress.owes_validation = stopping and not last
+            if not self.progress.owes_validation:
+                stopping = not self._validate(done) or stopping
         if stopping or last:
             self._save(done)
         elif self.checkpoints.is_due(done):
@@ -204,6 +211,9 @@ class Trainer:
         )
         self.log.rewind(again)
         self.throughput = Throughput(self.config, self.topology, self.config.training.steps, again)
+        # The same tensors again, with the batches that are left out: a restart must not go through
+        # all of this once more.
+        self._save(again)
         return again
 
     def _patient(self) -> contextlib.AbstractContextManager[Any]:
@@ -269,18 +279,28 @@ class Trainer:
         for slow in self.stragglers.report():
             self.log.event(step, "straggler", str(slow))
 
-    def _validate(self) -> dict[str, float]:
-        """Losses on held-out records; nothing when there are none."""
-        count = min(self.config.training.validation_batches, self.loader.num_validation_batches)
+    def _validate(self, step: int) -> bool:
+        """Losses on held-out records, if there are any.
+
+        Returns:
+            False when somebody asked to stop meanwhile: then it is left for the next start.
+        """
+        training = self.config.training
+        count = min(training.validation_batches, self.loader.num_validation_batches)
+        self.progress.owes_validation = False
         if count == 0:
-            return {}
+            return True
         self.observer.entered("validate")
-        with self._patient(), self.throughput.pause():
-            # In one call: the engine divides by the weights of all of them, padding rows included.
-            micro_batches = [b for i in range(count) for b in self.loader.validation(i)]
-            losses = self.engine.eval_step(micro_batches).losses
-        return {
-            "validation_loss": losses.total,
-            "validation_text_loss": losses.text,
-            "validation_image_loss": losses.image,
-        }
+        parts = []
+        for number in range(count):
+            with self._patient(), self.throughput.pause():
+                parts.append(self.engine.eval_step(self.loader.validation(number)).losses)
+            rest = count - len(parts)
+            # After the last step there is no next start.
+            if rest and step < training.steps and self._agree():
+                self.progress.owes_validation = True
+                return False
+        losses = Losses.of_all(parts)
+        values = {"": losses.total, "text_": losses.text, "image_": losses.image}
+        self.log.write(step, {f"validation_{kind}loss": v for kind, v in values.items()})
+        return True

@@ -213,15 +213,15 @@ def crashes(root: Path, topology: Topology) -> dict[str, Any]:
 
 def _content(root: Path, number: int, step: int | None = None) -> None:
     step = number if step is None else step
-    commit.prepare(root, step)
-    (commit.temporary_directory(root, step) / "data").write_text(str(number) * 100)
-    commit.commit(root, step, {"n": number}, {})
+    temporary = commit.prepare(root, step)
+    (temporary / "data").write_text(str(number) * 100)
+    commit.commit(temporary, step, {"n": number}, {})
 
 
 def _crash(root: Path, step: int, moment: int) -> bool:
     """Save ``step`` in a process that ends at a moment; whether it came to its end before."""
-    commit.prepare(root, step)
-    (commit.temporary_directory(root, step) / "data").write_text("2" * 100)
+    temporary = commit.prepare(root, step)
+    (temporary / "data").write_text("2" * 100)
     child = os.fork()
     if child == 0:
         count = [0]
@@ -238,7 +238,7 @@ def _crash(root: Path, step: int, moment: int) -> bool:
         for name in CALLS:
             setattr(os, name, dying(getattr(os, name)))
         try:
-            commit.commit(root, step, {"n": 2}, {})
+            commit.commit(temporary, step, {"n": 2}, {})
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

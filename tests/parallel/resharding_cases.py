@@ -63,6 +63,23 @@ def _digests(engine: Any) -> dict[str, str]:
     return {**digests, "common": str(sorted(engine.sharded_state().common.items()))}
 
 
+def _poison(engine: Any) -> None:
+    """Nothing of what the engine holds may pass for something that was loaded."""
+    with torch.no_grad():
+        for chunk in engine.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
+        for piece in engine.sharded_state().pieces:
+            piece.data.fill_(torch.nan)
+    for part in engine.optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["step"].fill_(-1.0)
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None:
+            about = scaler.state_dict()
+            scaler.load_state_dict({**about, "scale": torch.full_like(about["scale"], 3.0)})
+
+
 def _order(engine: Any, loader: Any) -> str:
     """SHA-256 of the tokens of the next steps, in the order of the whole batch."""
     t = engine.topology
@@ -104,6 +121,7 @@ def load(arguments: dict[str, Any]) -> dict[str, Any]:
         results[name] = {}
         for source in arguments["sources"]:
             root = Path(arguments["folder"]) / "saved" / source
+            _poison(engine)
             engine.load(root / commit.checkpoint_name(STEPS))
             results[name][source] = {**_digests(engine), "order": order}
     return results

@@ -38,15 +38,17 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(resumed: list[dict[str, An
             assert digests["fresh"] != digests["whole"]
 
 
+def _rows(run: Path) -> list[dict[str, float]]:
+    """Everything a run told but its times."""
+    found = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
+
+
 def test_metrics_of_a_resumed_run_read_as_one_run(
     resumed: list[dict[str, Any]], folder: Path
 ) -> None:
-    def rows(kind: str) -> list[dict[str, float]]:
-        found = read_metrics(folder / f"tp2_sp-{kind}" / "metrics.jsonl")
-        return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
-
-    whole = rows("whole")
-    assert rows("killed") == whole
+    whole = _rows(folder / "tp2_sp-whole")
+    assert _rows(folder / "tp2_sp-killed") == whole
     losses = [row["step"] for row in whole if "loss" in row]
     assert losses == list(range(1, STEPS + 1))
     assert [row["step"] for row in whole if "validation_loss" in row] == [3, 6]
@@ -107,6 +109,16 @@ def test_new_optimizer_settings_hold_in_a_resumed_run(folder: Path) -> None:
         assert sorted(result["groups"]) == [[0.0, 0.9, 1e-3], [0.5, 0.9, 1e-3]]
 
 
+def test_a_validation_that_a_stop_cuts_short_is_made_up_for(folder: Path) -> None:
+    target = "tests.parallel.training_cases:stop_while_validating"
+    for result in run_distributed(target, 2, {"folder": str(folder)}, 150):
+        assert not result["finished"]
+        assert result["step"] == 3
+        assert len(result["calls"]) == 1
+        assert result["resumed"] == result["whole"]
+    assert _rows(folder / "validated-stopped") == _rows(folder / "validated-whole")
+
+
 @pytest.fixture(scope="module")
 def hurt(folder: Path) -> list[dict[str, Any]]:
     target = "tests.parallel.training_cases:roll_back"
@@ -134,6 +146,13 @@ def test_bad_batches_in_a_row_send_the_run_back_to_go_on_without_them(
     rows = read_metrics(folder / "back-two" / "metrics.jsonl")
     losses = [row["step"] for row in rows if "loss" in row]
     assert losses == list(range(1, STEPS + 1))
+
+
+def test_a_restart_remembers_what_was_left_out(hurt: list[dict[str, Any]]) -> None:
+    for rank in hurt:
+        assert rank["restarted"]["batches"] == [2, 5, 6, 7]
+        assert rank["restarted"]["progress"] == rank["two"]["progress"]
+        assert rank["restarted"]["digest"] == rank["two"]["digest"]
 
 
 def test_a_run_that_goes_wrong_again_and_again_says_so(hurt: list[dict[str, Any]]) -> None:

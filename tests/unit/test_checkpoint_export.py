@@ -44,14 +44,13 @@ def checkpoint(root: Path, config: RunConfig, half: bool = False) -> Path:
         if half:
             pieces.append(Piece(f"{OPTIMIZER}.{MASTER}.{key}", shape, box, data, True))
         pieces.append(Piece(key, shape, box, data.bfloat16() if half else data, True))
-    commit.prepare(root, 7)
-    folder, snapshot = commit.temporary_directory(root, 7), Snapshot(with_cuda=False)
+    folder, snapshot = commit.prepare(root, 7), Snapshot(with_cuda=False)
     snapshot.take(pieces)
     written = snapshot.write(folder, 0)
     write_index(folder / FILE, written.entries, {})
     write_common(folder, {"adam_step": 7})
     state = {"run": config.to_dict(), "fingerprints": FINGERPRINTS, "progress": {}}
-    return commit.commit(root, 7, state, written.files)
+    return commit.commit(folder, 7, state, written.files)
 
 
 @pytest.fixture

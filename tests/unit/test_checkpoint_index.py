@@ -62,6 +62,23 @@ def test_a_part_that_is_written_twice_is_no_checkpoint(tmp_path: Path) -> None:
         write_index(tmp_path / FILE, [ENTRIES[0], ENTRIES[0]], {})
 
 
+def test_no_more_parts_are_written_than_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MAX_PARTS", 500)
+    parts = [
+        ("x", torch.float32, (501, 4), Box((row, 0), (1, 4)), Place(f"__{row}_0.distcp", row, 9))
+        for row in range(501)
+    ]
+    with pytest.raises(ValueError, match="501 parts, and no more than 500"):
+        write_index(tmp_path / FILE, parts, {})
+    # At the real bounds the steps that reading takes are the narrower one.
+    write_index(tmp_path / FILE, parts[:500], {})
+    steps = sum(1 for _ in pickletools.genops((tmp_path / FILE).read_bytes()))
+    assert steps / 500 < inert.MAX_OPCODES / 150_000
+    assert (tmp_path / FILE).stat().st_size / 500 < inert.MAX_BYTES / 150_000
+
+
 def text(value: str) -> bytes:
     """The opcode that pushes a text."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()

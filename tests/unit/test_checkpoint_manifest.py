@@ -166,10 +166,9 @@ def test_a_folder_inside_may_lead_anywhere(tmp_path: Path) -> None:
 
 
 def saved(root: Path, step: int) -> Path:
-    commit.prepare(root, step)
-    temporary = commit.temporary_directory(root, step)
+    temporary = commit.prepare(root, step)
     (temporary / "data").write_bytes(CONTENT)
-    return commit.commit(root, step, {"a": 1}, {})
+    return commit.commit(temporary, step, {"a": 1}, {})
 
 
 def names(root: Path) -> list[str]:
@@ -196,9 +195,9 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
 
 def test_the_same_step_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    commit.prepare(tmp_path, 1)
-    (commit.temporary_directory(tmp_path, 1) / "data").write_bytes(b"new")
-    folder = commit.commit(tmp_path, 1, {}, {})
+    temporary = commit.prepare(tmp_path, 1)
+    (temporary / "data").write_bytes(b"new")
+    folder = commit.commit(temporary, 1, {}, {})
     commit.verify(folder)
     assert (folder / "data").read_bytes() == b"new"
     assert names(tmp_path) == ["step_00000001"]

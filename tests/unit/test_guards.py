@@ -16,7 +16,7 @@ from megatron_cogview.training.guards import Guard, Progress, Verdict
 
 
 def result(loss: float = 3.0, updated: bool = True, scale: float = 1.0) -> StepResult:
-    losses = Losses(total=loss, text=loss, image=loss)
+    losses = Losses(total=loss, text=loss, image=loss, sums=())
     return StepResult(losses=losses, updated=updated, grad_norm=1.0, loss_scale=scale)
 
 

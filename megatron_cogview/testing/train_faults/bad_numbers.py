@@ -28,7 +28,7 @@ from megatron_cogview.testing.toy_run import toy_config, write_tokens
 from megatron_cogview.testing.train_faults.world import World
 from megatron_cogview.tokenization.layout import SequenceLayout
 
-STEPS, LR = 4, 1e-3
+STEPS, LR, SCALE = 4, 1e-3, 256.0
 TRIALS_PER_LAUNCH = 25
 NUMBERS = (math.nan, math.inf, -math.inf)
 PLACES = ("activation", "loss", "gradient", "reduced gradient")
@@ -94,7 +94,7 @@ class BadNumbers:
         )
         config = replace(
             config,
-            precision=PrecisionConfig(dtype=dtype, initial_loss_scale=256.0),  # type: ignore[arg-type]
+            precision=PrecisionConfig(dtype=dtype, initial_loss_scale=SCALE),  # type: ignore[arg-type]
         )
         log, results = self._folder / "log.txt", self._folder / "results"
         log.unlink(missing_ok=True)
@@ -151,6 +151,12 @@ class _Trainer:
                     skipped.append(step)
         digest = self._digest()
         ok = skipped == [fault.step] and digest == self._left_out[fault.step]
+        # An fp16 scaler counts such a step, and counts the good ones anew behind it.
+        counts = [
+            (float(s.scale), s._hysteresis_tracker, s._growth_tracker) for s in self._grad_scalers()
+        ]
+        expected = (SCALE, self.config.precision.hysteresis - 1, STEPS - 1 - fault.step)
+        ok = ok and all(found == expected for found in counts)
         return {
             "trial": number,
             "kind": "bad number",
@@ -159,6 +165,7 @@ class _Trainer:
             "step": fault.step,
             "number": str(fault.number),
             "skipped": skipped,
+            "scaler": counts,
             "ok": ok and digest != self._whole,
         }
 

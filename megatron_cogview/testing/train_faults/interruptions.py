@@ -101,8 +101,9 @@ class KillCampaign(_Campaign):
         rng = np.random.default_rng([number, 23])
         config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
         way, kills, lost = self.WAYS[number % len(self.WAYS)], [], False
+        slow = _slow_disk if way == "saving" else None
         for _ in range(int(rng.integers(1, MOST_KILLS + 1))):
-            with Run(config, size) as run:
+            with Run(config, size, slow) as run:
                 step, phase = self._moment(way, committed(run.folder), rng)
                 reached = run.wait_for(0, step, phase)
                 time.sleep(float(rng.exponential(0.004)))
@@ -297,16 +298,32 @@ def _whole(folder: Path, step: int) -> bool:
     return True
 
 
+def _slow_disk(rank: int, board: Blackboard) -> None:
+    """Let this process's saves last for steps, so that a kill falls into one."""
+    from megatron_cogview.checkpoint import blobs
+
+    write = blobs.write_some
+
+    def slowly(file: Any, data: memoryview) -> int:
+        time.sleep(0.0005)
+        return write(file, data)
+
+    blobs.write_some = slowly
+
+
 def break_disk(kind: str, limit: int, step: int) -> None:
     """Let this process's save of ``step`` go wrong after ``limit`` bytes, once."""
     from megatron_cogview.checkpoint import blobs
 
-    name = commit.temporary_directory(Path(), step).name
+    begin, end = f"{commit.checkpoint_name(step)}.", commit.TEMPORARY
     write, sync, rename = blobs.write_some, blobs.sync, os.rename
     written = 0
 
     def concerns(file: Any) -> bool:
-        return name in os.fspath(file.name)
+        return is_in_save(os.fspath(file.name))
+
+    def is_in_save(path: str) -> bool:
+        return any(part.startswith(begin) and part.endswith(end) for part in Path(path).parts)
 
     def refuse_writing(file: Any, data: memoryview) -> int:
         nonlocal written
@@ -320,12 +337,12 @@ def break_disk(kind: str, limit: int, step: int) -> None:
         return write(file, data)
 
     def refuse_sync(descriptor: int) -> None:
-        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if is_in_save(os.readlink(f"/proc/self/fd/{descriptor}")):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(descriptor)
 
     def refuse_rename(source: Any, target: Any, **more: Any) -> None:
-        if os.fspath(source).endswith(name):
+        if is_in_save(os.fspath(source)):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), source)
         rename(source, target, **more)
 
