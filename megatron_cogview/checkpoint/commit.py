@@ -5,6 +5,7 @@ flushed to the disk and renamed, and a pointer to it is written last.  "Valid" m
 manifest verifies, never that a directory exists.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -31,6 +32,8 @@ POINTER = "latest"
 """A file with the name of the newest checkpoint, for people and scripts; loading looks itself."""
 MAX_MANIFEST_BYTES = 1 << 26
 MOST_STEPS = 1 << 53
+SMALL_BYTES = 1 << 24
+"""Files up to this size are hashed by every rank that will read them."""
 TEMPORARY = ".incomplete"
 _REPLACED = ".replaced"
 
@@ -136,8 +139,15 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def retain(root: Path, keep: int, keep_every: int = 0, newest: int = MOST_STEPS) -> list[Path]:
-    """Keep the newest ``keep`` checkpoints and those of multiples of ``keep_every``.
+def retain(
+    root: Path,
+    keep: int,
+    keep_every: int = 0,
+    newest: int = MOST_STEPS,
+    hold: int | None = None,
+) -> list[Path]:
+    """Keep the newest ``keep`` checkpoints, those of multiples of ``keep_every``, and the newest of
+    no more than ``hold`` steps.
 
     The others are renamed, so that nobody finds them; gives them, for :func:`remove`.
 
@@ -145,8 +155,9 @@ def retain(root: Path, keep: int, keep_every: int = 0, newest: int = MOST_STEPS)
     has found them damaged.
     """
     known = [p for p in _candidates(root) if _step_of(p) <= newest and (p / MANIFEST).is_file()]
-    old = (p for p in known[keep:] if not (keep_every and _step_of(p) % keep_every == 0))
-    return [_taken_out(directory) for directory in old]
+    held = [] if hold is None else [p for p in known if _step_of(p) <= hold][:1]
+    old = [p for p in known[keep:] if not (keep_every and _step_of(p) % keep_every == 0)]
+    return [_taken_out(directory) for directory in old if directory not in held]
 
 
 def _taken_out(directory: Path) -> Path:
@@ -162,8 +173,11 @@ def remove(directories: Sequence[Path]) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def remove_newer(root: Path, step: int) -> None:
-    """Remove checkpoints of more than ``step`` steps.  All ranks call it together.
+def remove_newer(root: Path, step: int, unreadable_to: int) -> None:
+    """Let the checkpoint of ``step`` be the newest.  All ranks call it together.
+
+    Later ones are removed; those up to ``unreadable_to`` steps, which could not be read now but may
+    be sound all the same, lose their names only.
 
     Raises:
         CheckpointError: the disk refuses.
@@ -172,7 +186,13 @@ def remove_newer(root: Path, step: int) -> None:
     if dist.get_rank() == 0:
         try:
             newer = [p for p in _candidates(root) if _step_of(p) > step]
-            remove([_taken_out(directory) for directory in newer])
+            for directory in newer:
+                if _step_of(directory) <= unreadable_to:
+                    aside = directory.with_name(
+                        f"{directory.name}.{secrets.token_hex(4)}.unreadable"
+                    )
+                    os.rename(directory, aside)
+            remove([_taken_out(p) for p in newer if _step_of(p) > unreadable_to])
             write_text(root / POINTER, checkpoint_name(step) + "\n")
         except OSError as error:
             problem[0] = str(error)
@@ -268,7 +288,8 @@ def verify(directory: Path) -> dict[str, Any]:
 def newest_valid(root: Path, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; None when there are none.
 
-    All ranks call it together, each hashes a share of the files; or one process without ranks.
+    All ranks call it together, each hashes a share of the large files and all small ones; or one
+    process without ranks.
 
     Args:
         root: folder of a run's checkpoints.
@@ -315,15 +336,21 @@ def _verified_together(directory: Path) -> tuple[dict[str, Any] | None, str | No
         manifest = read_manifest(directory)
         if manifest["step"] != _step_of(directory):
             raise CheckpointError(f"{directory}: holds the checkpoint of step {manifest['step']}")
-        names = sorted(manifest["files"])
+        files = manifest["files"]
         # By size, so that the few large files go to different ranks.
-        names.sort(key=lambda name: -manifest["files"][name]["bytes"])
+        names = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+        large = [name for name in names if files[name]["bytes"] > SMALL_BYTES]
         rank, size = _rank_and_size()
-        for name in names[rank::size]:
-            check_file(directory, name, manifest["files"][name])
+        for name in [*large[rank::size], *names[len(large) :]]:
+            check_file(directory, name, files[name])
     except (CheckpointError, OSError, ValueError) as error:
         problem = str(error)
-    everyone: list[str | None] = [problem] * _rank_and_size()[1]
+    mine = (problem, json.dumps(manifest, sort_keys=True))
+    everyone: list[tuple[str | None, str]] = [mine] * _rank_and_size()[1]
     if len(everyone) > 1:
-        dist.all_gather_object(everyone, problem)
-    return manifest, next((each for each in everyone if each is not None), None)
+        dist.all_gather_object(everyone, mine)
+    problem = next((each for each, _ in everyone if each is not None), None)
+    if problem is None and len({seen for _, seen in everyone}) > 1:
+        # A network file system may show one machine what was there before.
+        problem = f"{directory}: the ranks see different manifests"
+    return manifest, problem

@@ -8,6 +8,7 @@ leave a lock locked in the child for ever.
 What a disk refuses ends a save, never a run, and never harms the checkpoints that are there.
 """
 
+import datetime
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -70,12 +71,16 @@ class Saver:
         """Saves that came to nothing."""
         self.last_error: str | None = None
         with_cuda = topology.device.type == "cuda"
-        # Over nccl the index would pass through the GPUs, whose memory is spoken for.
-        self._group = dist.new_group(backend="gloo") if with_cuda else None
+        self._group: dist.ProcessGroup | None = None
+        if with_cuda:
+            # Over nccl the index would pass through the GPUs, whose memory is spoken for.
+            timeout = datetime.timedelta(seconds=topology.timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._snapshot = Snapshot(with_cuda)
         self._thread: threading.Thread | None = None
         self._removal: threading.Thread | None = None
         self._step = 0
+        self._hold: int | None = None
         self._folder: Path | None = None
         """Where the save in flight is written; None when it could not be made."""
         self._manifest_state: dict[str, Any] = {}
@@ -99,7 +104,13 @@ class Saver:
         if error is not None:
             logger.warning("rank %d: %s", self.topology.rank, error)
 
-    def begin(self, step: int, manifest_state: dict[str, Any], state: ShardedState) -> None:
+    def begin(
+        self,
+        step: int,
+        manifest_state: dict[str, Any],
+        state: ShardedState,
+        hold: int | None = None,
+    ) -> None:
         """Start to save.  All ranks call it together, with nothing in flight.
 
         When it returns, ``state`` may change: what is written is what it is now.
@@ -108,9 +119,10 @@ class Saver:
             step: completed steps.
             manifest_state: JSON values for the manifest.
             state: this rank's part.
+            hold: the newest checkpoint of no more steps is kept, whatever ``keep`` says.
         """
         assert not self._in_flight, "a save is in flight"
-        self._in_flight, self._step = True, step
+        self._in_flight, self._step, self._hold = True, step, hold
         self._manifest_state, self._common = manifest_state, state.common
         self._written, self._thread = None, None
         self._error = self._prepare()
@@ -236,7 +248,7 @@ class Saver:
             logger.error("checkpoint of step %d: not saved: %s", self._step, error)
             return str(error)
         try:
-            old = commit.retain(self.root, self.keep, self.keep_every, newest=self._step)
+            old = commit.retain(self.root, self.keep, self.keep_every, self._step, self._hold)
             # The removal of large files takes longer than all of the above.
             self._removal = threading.Thread(
                 target=commit.remove, args=(old,), name="old checkpoints", daemon=True

@@ -27,9 +27,11 @@ class SurvivalConfig:
     """Spikes in a row before the run rolls back."""
     max_rollbacks: int = 4
     """Rollbacks after which the run gives up, with what it knows about the batches."""
+    forgive_after: int = 1000
+    """Good steps after which the rollbacks before them no longer count."""
     skip_steps: tuple[int, ...] = ()
-    """Steps (counted from 1) that are left out: their batches are not trained on, and nothing
-    changes."""
+    """Batches (counted from 1, as the steps of a run that never went back) that are not trained on:
+    their steps change nothing."""
     hang_timeout_seconds: float = 1800.0
     """A rank that waits so long for the others names the late ones, dumps stacks and ends the run.
     0: wait for ever.  It must exceed the longest step; validating, loading and saving may take four
@@ -47,8 +49,9 @@ class SurvivalConfig:
                 raise refuse(f"survival.{name}", getattr(self, name), "must be 0 or above, finite")
         if self.spike_window < 8:
             raise refuse("survival.spike_window", self.spike_window, "must be at least 8")
-        if self.spike_patience < 1:
-            raise refuse("survival.spike_patience", self.spike_patience, "must be at least 1")
+        for name in ("spike_patience", "forgive_after"):
+            if getattr(self, name) < 1:
+                raise refuse(f"survival.{name}", getattr(self, name), "must be at least 1")
         if self.straggler_factor != 0 and not self.straggler_factor > 1:
             raise refuse("survival.straggler_factor", self.straggler_factor, "must be 0 or above 1")
         if any(step < 1 for step in self.skip_steps):

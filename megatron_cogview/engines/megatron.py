@@ -125,7 +125,8 @@ class MegatronEngine:
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> Losses:
         """All micro-batches through the pipeline schedule; the losses are the global batch's."""
-        self.observer.entered("forward")
+        if not forward_only:
+            self.observer.entered("forward")
         batches = [batch.to(self.topology.device) for batch in micro_batches]
         total_weight = sum(
             (batch.loss_weights_BS.double().sum() for batch in batches),

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT_S = 1800.0
 """torch's own for gloo."""
+FOREVER_S = 365 * 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Topology:
     data_size: int
     last_stage_rank: int
     """Global rank of the last pipeline stage of this process's pipeline: it knows the loss."""
+    timeout_s: float = GROUP_TIMEOUT_S
+    """After it a collective of these groups that somebody did not come to raises."""
 
     @property
     def is_main(self) -> bool:
@@ -131,10 +134,10 @@ def initialize(parallel: ParallelConfig, timeout_s: float = GROUP_TIMEOUT_S) -> 
         create_gloo_process_groups=True,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
-    return _current()
+    return _current(timeout_s)
 
 
-def _current() -> Topology:
+def _current(timeout_s: float) -> Topology:
     """Read megatron-core's globals once, into a value."""
     from megatron.core import parallel_state as state
 
@@ -155,6 +158,7 @@ def _current() -> Topology:
         data_rank=state.get_data_parallel_rank(),
         data_size=state.get_data_parallel_world_size(),
         last_stage_rank=state.get_pipeline_model_parallel_last_rank(),
+        timeout_s=timeout_s,
     )
 
 

@@ -33,7 +33,8 @@ def run(config: RunConfig) -> int:
     if config.training.deterministic:
         make_deterministic()
     # The watchdog must speak first: it knows who is late.
-    timeout_s = max(topology.GROUP_TIMEOUT_S, 5 * config.survival.hang_timeout_seconds)
+    patience_s = 5 * config.survival.hang_timeout_seconds or topology.FOREVER_S
+    timeout_s = max(topology.GROUP_TIMEOUT_S, patience_s)
     with StopRequest() as stop, topology.running(config.parallel, timeout_s) as groups:
         config.check_layout(groups.world_size)
         layout = SequenceLayout(config.sequence, config.model.vocab)

@@ -89,7 +89,7 @@ def toy_config(
         parallel=parallel or ParallelConfig(),
         precision=PrecisionConfig(dtype="fp32"),
         optimizer=OptimizerConfig(lr=1e-3),
-        data=DataConfig(shards=(str(tokens),), validation_fraction=0.1),
+        data=DataConfig(shards=(str(tokens),), validation_fraction=0.3),
         training=TrainingConfig(**(loop | training)),
         survival=SurvivalConfig(hang_timeout_seconds=0.0),
     )

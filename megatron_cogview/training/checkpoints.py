@@ -4,6 +4,9 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_cogview.checkpoint import commit
 from megatron_cogview.checkpoint.identity import check_belongs
@@ -11,7 +14,6 @@ from megatron_cogview.checkpoint.saver import Saver, Status
 from megatron_cogview.configs.errors import CheckpointError, TrainingError
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.engines.base import Engine, TrainState
-from megatron_cogview.parallel import agreement
 from megatron_cogview.parallel.topology import Topology
 from megatron_cogview.training.guards import Progress
 
@@ -29,12 +31,20 @@ CONTINUED = (
 )
 """Fields that must stay for a run to go on: they choose a step's records and its dropout."""
 
+LOSS_LEVEL = ("data.weights", "training.text_weight", "training.image_weight")
+"""Fields that may change, and with them the loss of one and the same model."""
+
 
 def must_stay(config: RunConfig, fingerprints: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Fingerprints and fields that a resumed run must have in common with its checkpoint."""
     accepted = ("data", "data.weights") if config.data.accept_changes else ()
     wanted = {kind: value for kind, value in fingerprints.items() if kind not in accepted}
     return wanted, [field for field in CONTINUED if field not in accepted]
+
+
+def _field(run: dict[str, Any], name: str) -> Any:
+    part, _, field = name.partition(".")
+    return run.get(part, {}).get(field)
 
 
 class Checkpoints:
@@ -63,6 +73,8 @@ class Checkpoints:
         )
         self.saved_step = -1
         """Step of the newest checkpoint that is on the disk, as far as this process knows."""
+        self.saves = 0
+        """Checkpoints that this process has made."""
         self._saving_step = -1
         self._again_from: int | None = None
 
@@ -79,39 +91,60 @@ class Checkpoints:
         Raises:
             CheckpointError: it belongs to another run, naming what differs, or none is whole.
         """
-        found = commit.newest_valid(self.root)
+        found = self._load_newest(None)
         if found is None:
             return 0, Progress()
-        step, progress = self._load(*found)
         if self.topology.is_main:
-            logger.info("resumed from %s", found[0])
-        return step, progress
+            logger.info("resumed from %s", self.root / commit.checkpoint_name(found[0]))
+        return found
 
     def go_back(self, first: int) -> tuple[int, Progress]:
-        """Load the newest whole checkpoint that was made before step ``first`` (0 = the first).
+        """Load the newest checkpoint that was made before step ``first`` (0 = the first).
 
-        Those made after it are removed: what they hold led to where the run came back from.
+        Those made after it lose their names: what they hold led to where the run came back from.
 
         Raises:
             TrainingError: there is none.
         """
         self.finish()
         self._again_from = None
-        found = commit.newest_valid(self.root, before=first + 1)
+        found = self._load_newest(first + 1)
         if found is None:
             raise TrainingError(
                 f"step {first + 1}: goes wrong before the first checkpoint, so there is nothing "
                 "to go back to.  Lower optimizer.lr, raise optimizer.warmup_fraction, or set a "
                 "smaller training.save_every"
             )
-        step, progress = self._load(*found)
-        # One between the two that could not be read now may be sound all the same: it stays.
-        commit.remove_newer(self.root, first)
-        return step, progress
+        commit.remove_newer(self.root, found[0], unreadable_to=first)
+        return found
 
-    def _load(self, directory: Path, manifest: dict[str, object]) -> tuple[int, Progress]:
+    def _load_newest(self, before: int | None) -> tuple[int, Progress] | None:
+        """Load the newest checkpoint that every rank can load; None when there are none.
+
+        Raises:
+            CheckpointError: it belongs to another run, or there are some and none can be loaded.
+        """
+        problems: list[str] = []
+        while (found := commit.newest_valid(self.root, before)) is not None:
+            directory, manifest = found
+            progress = self._checked(directory, manifest)
+            problem = self._load_together(directory)
+            if problem is None:
+                self.saved_step = int(manifest["step"])
+                return self.saved_step, progress
+            problems.append(problem)
+            if self.topology.is_main:
+                logger.warning("checkpoint skipped, trying an older one: %s", problem)
+            before = int(manifest["step"])
+        if problems:
+            raise CheckpointError(
+                f"{self.root}: no checkpoint can be loaded: {'; '.join(problems)}"
+            )
+        return None
+
+    def _checked(self, directory: Path, manifest: dict[str, Any]) -> Progress:
+        """What the run remembered, if it is this run."""
         state = manifest["state"]
-        assert isinstance(state, dict)
         wanted, continued = must_stay(self.config, self.fingerprints)
         check_belongs(directory, state, self.config, wanted, continued)
         if state.get("weights_only"):
@@ -126,22 +159,33 @@ class Checkpoints:
                 f"{directory}: its manifest does not say how far the run was ({error!r}); it was "
                 "made by another version of this package"
             ) from error
-        self._load_together(directory)
-        self.saved_step = int(str(manifest["step"]))
-        return self.saved_step, progress
+        changed = [
+            field
+            for field in LOSS_LEVEL
+            if _field(self.config.to_dict(), field) != _field(state["run"], field)
+        ]
+        if self.fingerprints.get("data") != state["fingerprints"].get("data"):
+            changed.append("data")
+        if changed:
+            # The loss may jump for a good reason.
+            progress.forget_losses()
+        if {"data", "data.weights"} & set(changed):
+            # The same numbers are other batches now.
+            progress.left_out = []
+        return progress
 
-    def _load_together(self, directory: Path) -> None:
-        """Load on all ranks, or raise on all of them: none may go on to where the others wait."""
-        problem: Exception | None = None
+    def _load_together(self, directory: Path) -> str | None:
+        """Load on all ranks; gives the same on all: why not, if one could not."""
+        problem: str | None = None
         try:
             self.engine.load(directory)
-        except (CheckpointError, OSError) as error:
-            problem = error
-        failed = agreement.largest([float(problem is not None)], self.topology)[0]
-        if problem is not None:
-            raise problem
-        if failed:
-            raise CheckpointError(f"{directory}: another rank could not load it")
+        except Exception as error:
+            # Whatever it is, the other ranks must not wait for this one.
+            problem = f"rank {self.topology.rank}: {directory}: {error}"
+        everyone = [problem] * self.topology.world_size
+        if len(everyone) > 1:
+            dist.all_gather_object(everyone, problem)
+        return next((each for each in everyone if each is not None), None)
 
     def postpone(self, step: int) -> None:
         """A checkpoint that is due after ``step`` steps is made as soon as it can be."""
@@ -161,7 +205,9 @@ class Checkpoints:
             run=self.config.to_dict(), fingerprints=self.fingerprints, progress=progress.to_dict()
         )
         self._saving_step, self._again_from = step, None
-        self.saver.begin(step, dataclasses.asdict(state), self.engine.sharded_state())
+        values = dataclasses.asdict(state)
+        # What may be gone back to soon must not be pushed out.
+        self.saver.begin(step, values, self.engine.sharded_state(), hold=progress.streak_start)
 
     @property
     def is_writing(self) -> bool:
@@ -186,6 +232,7 @@ class Checkpoints:
     def _ended(self, directory: Path | None) -> None:
         if directory is not None:
             self.saved_step = self._saving_step
+            self.saves += 1
             return
         # The next regular one may be hours away.
         pause = math.ceil(self.config.training.save_every / 10)

@@ -32,7 +32,9 @@ class Progress:
     bad_steps: int = 0
     """Steps so far that were not finite."""
     rollbacks: int = 0
-    """Times the run went back."""
+    """Times the run went back, as far as they count."""
+    good_steps: int = 0
+    """Good steps since the last of them; 0 without any."""
     streak_start: int | None = None
     """First of the steps in a row that were bad or spikes, up to the last; None: it was good."""
     bad_in_a_row: int = 0
@@ -56,6 +58,11 @@ class Progress:
     def leave_out(self, start: int, end: int) -> None:
         """Pass over the batches ``start`` to ``end - 1`` from now on."""
         self.left_out = _merged([*self.left_out, (start, end)])
+
+    def forget_losses(self) -> None:
+        """What comes now cannot be compared with what was."""
+        self.recent_losses, self.streak_start = [], None
+        self.bad_in_a_row = self.spikes_in_a_row = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -121,7 +128,16 @@ class Guard:
         progress.spikes_in_a_row, progress.streak_start = 0, None
         recent = [*progress.recent_losses, result.losses.total]
         progress.recent_losses = recent[-self.survival.spike_window :]
+        self._forgive()
         return Verdict.GOOD
+
+    def _forgive(self) -> None:
+        """Rollbacks far apart have nothing to do with each other."""
+        progress = self.progress
+        if progress.rollbacks:
+            progress.good_steps += 1
+            if progress.good_steps >= self.survival.forgive_after:
+                progress.rollbacks = progress.good_steps = 0
 
     def _judge_bad(self, step: int, last_scale: float) -> Verdict:
         progress = self.progress
@@ -162,8 +178,9 @@ class Guard:
             raise TrainingError(
                 f"step {last + 1}: the run went back {self.progress.rollbacks} times already "
                 f"(survival.max_rollbacks = {self.survival.max_rollbacks}) and goes wrong again in "
-                f"steps {first + 1} to {last + 1} (batches {batches[0]} to {batches[1] - 1}).  "
-                "Lower optimizer.lr, set model.norm.relax_scope all, or look at these batches"
+                f"steps {first + 1} to {last + 1} (batches {batches[0] + 1} to {batches[1]}).  "
+                "Look at these; lower optimizer.lr or set model.norm.relax_scope all, and raise "
+                "survival.max_rollbacks to go on"
             )
 
     def after_going_back(self, found: Progress, first: int, last: int) -> Progress:
@@ -178,6 +195,7 @@ class Guard:
             left_out=self.progress.left_out,
             bad_steps=self.progress.bad_steps,
             rollbacks=self.progress.rollbacks + 1,
+            good_steps=0,
             owes_validation=False,
         )
         later.leave_out(self.progress.batch(first), self.progress.batch(last) + 1)

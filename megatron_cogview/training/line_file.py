@@ -64,7 +64,7 @@ def cut_after(path: Path, step: int, aside: Path) -> None:
     """Move everything from the first row on whose ``step`` is larger to the end of another file.
 
     Raises:
-        OSError: nothing is lost, but some rows may be in both files.
+        OSError: some rows are in neither file, for the disk has no room for both.
     """
     end = 0
     moved: list[dict[str, Any] | None] = []
@@ -74,11 +74,14 @@ def cut_after(path: Path, step: int, aside: Path) -> None:
             moved.append(row)
         else:
             end += len(line)
-    for row in moved:
-        if row is not None:
-            append(aside, row)
-    if moved:
-        os.truncate(path, end)
+    try:
+        for row in moved:
+            if row is not None:
+                append(aside, row)
+    finally:
+        # Two accounts of one step would be worse than one that is lost.
+        if moved:
+            os.truncate(path, end)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ class StopRequest:
         self._first: int | None = None
         self._interrupts = 0
         self._told = False
+        self._agreed = 0.0
         self._former: dict[signal.Signals, Any] = {}
 
     @property
@@ -61,6 +62,23 @@ class StopRequest:
                 "%s: the step is finished and saved, then the run ends", self.signal_name
             )
         return True
+
+    @property
+    def urgency(self) -> float:
+        """0: nobody asked; 1: somebody did; 2: it was the time limit.  The largest of all ranks'
+        counts, for a signal may come late to some."""
+        if not self.requested:
+            return 0.0
+        return 2.0 if self.signal_name == TIME_LIMIT_SIGNAL else 1.0
+
+    def agreed(self, urgency: float) -> None:
+        """What all ranks found together."""
+        self._agreed = urgency
+
+    @property
+    def is_time_limit(self) -> bool:
+        """Whether the time limit asked any of the ranks."""
+        return max(self._agreed, self.urgency) >= 2.0
 
     @property
     def signal_name(self) -> str | None:
@@ -137,7 +155,7 @@ def stopped(
     The main process also queues the job again when it was the time limit that asked.  Others are
     not: who sends SIGTERM to preempt a job queues it himself, and who cancels it does not want it.
     """
-    if is_main and request.signal_name == TIME_LIMIT_SIGNAL:
+    if is_main and request.is_time_limit:
         requeue(environment)
     # torchrun would take any other code for a failure and start the run again.
     return 0 if "TORCHELASTIC_RUN_ID" in environment else REQUEUE_EXIT_CODE

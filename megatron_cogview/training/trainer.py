@@ -160,7 +160,7 @@ class Trainer:
         """Train on the batch of this step; None when the step is to be left out."""
         self.observer.step = step + 1
         self.observer.entered("data")
-        if step + 1 in self.config.survival.skip_steps:
+        if self.progress.batch(step) + 1 in self.config.survival.skip_steps:
             self.log.event(step + 1, "skipped", "left out as survival.skip_steps says")
             self.throughput.leave_out()
             return None
@@ -185,8 +185,8 @@ class Trainer:
             self.log.event(
                 step + 1,
                 verdict.value,
-                f"batch {self.progress.batch(step)}: loss {result.losses.total:.4g}, gradient norm "
-                f"{result.grad_norm:.4g}, loss scale {result.loss_scale:g}, "
+                f"batch {self.progress.batch(step) + 1}: loss {result.losses.total:.4g}, "
+                f"gradient norm {result.grad_norm:.4g}, loss scale {result.loss_scale:g}, "
                 f"{'weights moved' if result.updated else 'nothing changed'}; "
                 f"{self.progress.bad_steps} bad steps so far",
             )
@@ -196,7 +196,7 @@ class Trainer:
         """Return to the last checkpoint before things went wrong, and leave their batches out."""
         first = self.progress.streak_start
         assert first is not None
-        batches = (self.progress.batch(first), self.progress.batch(step))
+        batches = (self.progress.batch(first) + 1, self.progress.batch(step) + 1)
         self.guard.may_go_back(first, step)
         with self._patient():
             self._tell_of_save(self.checkpoints.finish)
@@ -223,14 +223,15 @@ class Trainer:
     def _agree(self) -> bool:
         """Whether any rank was asked to stop; ends a save that all ranks have written."""
         with self.observer.waiting():
-            stop, writing = agreement.largest(
-                [float(self.stop.requested), float(self.checkpoints.is_writing)], self.topology
+            urgency, writing = agreement.largest(
+                [self.stop.urgency, float(self.checkpoints.is_writing)], self.topology
             )
+        self.stop.agreed(urgency)
         if not writing and self.checkpoints.in_flight:
             # A slow disk is no hang.
             with self._patient(), self.throughput.pause():
                 self._tell_of_save(self.checkpoints.commit_written)
-        return bool(stop)
+        return bool(urgency)
 
     def _save(self, step: int) -> None:
         """Start to write a checkpoint."""
@@ -241,7 +242,7 @@ class Trainer:
 
     def _tell_of_save(self, act: Callable[[], object]) -> None:
         """Do something that may end a save, and tell how it ended."""
-        saved, failed = self.checkpoints.saved_step, self.checkpoints.saver.failures
+        saves, failed = self.checkpoints.saves, self.checkpoints.saver.failures
         act()
         if self.checkpoints.saver.failures > failed:
             self.log.event(
@@ -250,7 +251,7 @@ class Trainer:
                 f"{self.checkpoints.saver.last_error}; the checkpoints that were there are whole, "
                 "training goes on, and it is tried again soon",
             )
-        elif self.checkpoints.saved_step != saved:
+        elif self.checkpoints.saves > saves:
             self.log.event(
                 self.observer.step, "saved", f"checkpoint of step {self.checkpoints.saved_step}"
             )
@@ -259,6 +260,10 @@ class Trainer:
         """Wait for the last checkpoint, without which nothing done may count as done."""
         self.observer.entered("save")
         with self._patient():
+            self._tell_of_save(self.checkpoints.finish)
+        if step and self.checkpoints.saved_step != step:
+            # There is no later one to make up for it.
+            self._save(step)
             self._tell_of_save(self.checkpoints.finish)
         if step:
             self.checkpoints.must_have(step)

@@ -88,9 +88,13 @@ def snapshots(root: Path, topology: Topology) -> dict[str, Any]:
             dist.barrier()
     kept = sorted(p.name for p in (root / "True").glob("step_*"))
     steps = [newest(root / "True", before) for before in (None, 9, 8, 7, 5, 4)]
-    commit.remove_newer(root / "True", 7)
-    names = sorted(p.name for p in (root / "True").glob("step_*"))
-    return {"bitwise": all(results), "kept": kept, "before": steps, "left": names}
+    left = []
+    for step in (7, 4):
+        commit.remove_newer(root / "True", step, unreadable_to=7)
+        left.append(sorted(p.name[:13] + p.suffix for p in (root / "True").glob("step_*")))
+        assert newest(root / "True") == step
+        assert (root / "True" / commit.POINTER).read_text() == f"step_0000000{step}\n"
+    return {"bitwise": all(results), "kept": kept, "before": steps, "left": left}
 
 
 Patch = tuple[Any, str]

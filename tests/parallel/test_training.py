@@ -81,6 +81,17 @@ def test_damaged_checkpoint_is_passed_over(resumed: list[dict[str, Any]], folder
         assert result["absent"] is None
 
 
+def test_what_one_rank_cannot_read_is_passed_over_by_all(
+    resumed: list[dict[str, Any]], folder: Path
+) -> None:
+    target = "tests.parallel.training_cases:unreadable"
+    for result in run_distributed(target, 2, {"folder": str(folder)}, 150):
+        assert result["blob"] == result["manifest"] == {"start": 4, "digest": result["expected"]}
+        assert "no checkpoint can be loaded" in result["none"]
+        assert "step_00000006: division by zero" in result["none"]
+        assert "step_00000004: division by zero" in result["none"]
+
+
 def test_generation_is_the_same_for_any_layout_batch_and_cache(folder: Path) -> None:
     one, two = (
         run_distributed(
@@ -142,7 +153,7 @@ def test_bad_batches_in_a_row_send_the_run_back_to_go_on_without_them(
         assert rank["two"]["progress"]["left_out"] == [[3, 5]]
         assert rank["two"]["progress"]["rollbacks"] == 1
     events = (folder / "back-two" / "events.jsonl").read_text()
-    assert "batches 3 to 4 are left out" in events
+    assert "batches 4 to 5 are left out" in events
     rows = read_metrics(folder / "back-two" / "metrics.jsonl")
     losses = [row["step"] for row in rows if "loss" in row]
     assert losses == list(range(1, STEPS + 1))
@@ -158,5 +169,5 @@ def test_a_restart_remembers_what_was_left_out(hurt: list[dict[str, Any]]) -> No
 def test_a_run_that_goes_wrong_again_and_again_says_so(hurt: list[dict[str, Any]]) -> None:
     for rank in hurt:
         assert "went back 2 times already" in rank["all"]["message"]
-        assert "batches 7 to 8" in rank["all"]["message"]
+        assert "batches 8 to 9" in rank["all"]["message"]
         assert "nothing to go back to" in rank["first"]["message"]

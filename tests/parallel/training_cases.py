@@ -25,6 +25,7 @@ from megatron_cogview.tokenization.layout import SequenceLayout
 from tests.parallel.cases import PIVOT, run_config, small_model
 
 STEPS = 6
+LAYOUT_OF_TWO = ParallelConfig(distributed_optimizer=True)
 FINGERPRINTS = {"text": "t", "image": "i"}
 
 
@@ -163,6 +164,49 @@ def damaged(arguments: dict[str, Any]) -> dict[str, Any]:
         "again": digest(engine),
         "absent": absent,
     }
+
+
+def unreadable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What only one rank cannot read is passed over by all; and so is what they see differently."""
+    from megatron_cogview.checkpoint import commit
+
+    folder, results = arguments["folder"], {}
+    config = training_config(folder, "dp2_distributed-whole", LAYOUT_OF_TWO)
+    root = Path(config.training.output) / "checkpoints"
+    logging.getLogger("megatron_cogview").setLevel(logging.ERROR)
+    for what in ("blob", "manifest"):
+        engine, trainer = build(config)
+        load, read = engine.load, commit.read_manifest
+
+        def refuse(directory: Path, load: Any = load) -> None:
+            load(directory)
+            if directory.name == "step_00000006" and torch.distributed.get_rank() == 1:
+                raise ValueError("other bytes")
+
+        def stale(directory: Path, read: Any = read) -> dict[str, Any]:
+            manifest: dict[str, Any] = read(directory)
+            if directory.name == "step_00000006" and torch.distributed.get_rank() == 1:
+                manifest["state"]["progress"]["bad_steps"] = 9
+            return manifest
+
+        if what == "blob":
+            engine.load = refuse
+        else:
+            commit.read_manifest = stale
+        try:
+            start, _ = trainer.checkpoints.resume()
+        finally:
+            commit.read_manifest = read
+        results[what] = {"start": start, "digest": digest(engine)}
+    engine, trainer = build(config)
+    engine.load(root / "step_00000004")
+    results["expected"] = digest(engine)
+    engine.load = lambda directory: 1 / 0
+    try:
+        trainer.checkpoints.resume()
+    except CheckpointError as error:
+        results["none"] = str(error)
+    return results
 
 
 def reshard(arguments: dict[str, Any]) -> dict[str, Any]:

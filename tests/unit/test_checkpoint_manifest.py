@@ -185,6 +185,14 @@ def test_retention(tmp_path: Path) -> None:
     assert (tmp_path / commit.POINTER).read_text() == "step_00000008\n"
 
 
+def test_what_may_be_gone_back_to_is_kept(tmp_path: Path) -> None:
+    """Here the run went wrong behind step 4, and was asked to stop and save several times."""
+    for step in (2, 4, 5, 6, 7):
+        saved(tmp_path, step)
+        commit.remove(commit.retain(tmp_path, keep=2, newest=step, hold=4 if step > 4 else None))
+    assert names(tmp_path) == [f"step_0000000{n}" for n in (4, 6, 7)]
+
+
 def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     # What a kill in the middle of removing leaves.

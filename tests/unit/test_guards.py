@@ -125,7 +125,7 @@ def test_going_back_remembers_what_the_checkpoint_does_not_know() -> None:
     assert (later.bad_steps, later.rollbacks, later.recent_losses) == (7, 1, [1.0, 2.0])
     assert found.left_out == []
     tired = guard(Progress(rollbacks=2), max_rollbacks=2)
-    with pytest.raises(TrainingError, match=r"max_rollbacks = 2.*steps 6 to 7 \(batches 5 to 6\)"):
+    with pytest.raises(TrainingError, match=r"max_rollbacks = 2.*steps 6 to 7 \(batches 6 to 7\)"):
         tired.may_go_back(first=5, last=6)
 
 
@@ -139,3 +139,27 @@ def test_progress_survives_json_in_the_middle_of_a_streak() -> None:
     again = Progress.from_dict(json.loads(json.dumps(g.progress.to_dict())))
     assert again == replace(g.progress)
     assert guard(again, max_bad_steps=3).judge(3, steps[-1]) is Verdict.GO_BACK
+
+
+def test_rollbacks_far_apart_are_forgiven() -> None:
+    g = guard(Progress(rollbacks=2), forgive_after=5, max_bad_steps=3)
+    for step in range(4):
+        g.judge(step, result())
+    g.judge(4, result(math.nan, updated=False))
+    assert (g.progress.rollbacks, g.progress.good_steps) == (2, 4)
+    assert g.after_going_back(Progress(), 4, 4).good_steps == 0
+    g.judge(5, result())
+    assert (g.progress.rollbacks, g.progress.good_steps) == (0, 0)
+    g.judge(6, result())
+    assert g.progress == Progress.from_dict(g.progress.to_dict())
+    assert g.progress.good_steps == 0
+
+
+def test_losses_of_other_data_are_no_spikes() -> None:
+    g = guard(spike_patience=2)
+    for step in range(200):
+        g.judge(step, result(4.0 + 0.001 * (step % 5)))
+    assert g.judge(200, result(4.3)) is Verdict.SPIKE
+    g.progress.forget_losses()
+    assert g.progress.streak_start is None
+    assert {g.judge(201 + n, result(4.3)) for n in range(200)} == {Verdict.GOOD}

@@ -147,6 +147,22 @@ def test_a_rollback_puts_rows_aside(tmp_path):
     assert log.failures == 0
 
 
+def test_a_rollback_on_a_full_disk_leaves_one_account_of_each_step(tmp_path, monkeypatch):
+    def refuse(descriptor, data):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with MetricsLog(tmp_path, 0, 6, enabled=True) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": float(step)})
+        with monkeypatch.context() as patch:
+            patch.setattr(line_file.os, "write", refuse)
+            log.rewind(2)
+        log.write(3, {"loss": 30.0})
+        assert log.failures
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [1.0, 2.0, 30.0]
+
+
 def test_a_row_that_does_not_fit_leaves_no_trace(tmp_path, monkeypatch, caplog):
     """A disk that fills within a row, or refuses it whole; later there is room again."""
     path, whole, full = tmp_path / "metrics.jsonl", os.write, [0]

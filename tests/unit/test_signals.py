@@ -117,6 +117,19 @@ def test_the_main_process_queues_a_job_again_that_meets_its_time_limit(
     assert told(tmp_path) == "requeue 4711\n"
 
 
+def test_a_time_limit_that_another_rank_heard_of_counts(
+    scontrol: dict[str, str], tmp_path: Path
+) -> None:
+    mine = request(None)
+    assert (mine.urgency, request(signal.SIGTERM).urgency) == (0.0, 1.0)
+    assert request(signal.SIGUSR1).urgency == 2.0
+    mine.agreed(1.0)
+    assert not mine.is_time_limit
+    mine.agreed(2.0)
+    stopped(mine, True, scontrol)
+    assert told(tmp_path) == "requeue 4711\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
 def test_other_ends_are_not_queued_again(
     scontrol: dict[str, str], tmp_path: Path, number: signal.Signals | None

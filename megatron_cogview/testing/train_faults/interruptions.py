@@ -107,7 +107,7 @@ class KillCampaign(_Campaign):
                 step, phase = self._moment(way, committed(run.folder), rng)
                 reached = run.wait_for(0, step, phase)
                 time.sleep(float(rng.exponential(0.004)))
-                alive = run.world.codes().count(None)
+                alive, found = run.world.codes().count(None), run.board.read(0)
                 one = size > 1 and rng.random() < 0.3
                 run.world.signal(signal.SIGKILL, *([int(rng.integers(size))] if one else []))
                 # What the others do without it is seen, but not waited for.
@@ -119,7 +119,7 @@ class KillCampaign(_Campaign):
                 due = (at - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
                 lost = lost or there < told or there < due
                 busy = any(run.folder.rglob("*.incomplete"))
-                kill = {"step": step, "phase": phase, "hit": bool(reached and alive)}
+                kill = {"step": step, "phase": phase, "hit": bool(reached and alive), "in": found}
                 kills.append({**kill, "told": told, "there": there, "in_a_save": busy})
         line = {"trial": number, "kind": "kill", "way": way, "kills": kills}
         line |= self.finish(number, config)
@@ -157,7 +157,7 @@ class StopCampaign(_Campaign):
             run.wait_for(0, step, phase)
             # Loading begins before the handlers are there.
             time.sleep(float(rng.exponential(0.004)) + (0.05 if phase == "load" else 0.0))
-            at, _ = run.board.read(0)
+            at, phase = run.board.read(0)
             everyone = size == 1 or rng.random() < 0.7
             run.world.signal(asked, *([] if everyone else [int(rng.integers(size))]))
             begin = time.monotonic()
@@ -257,11 +257,12 @@ class DiskCampaign(_Campaign):
     trials = 10 * len(KINDS)
 
     def trial(self, number: int) -> dict[str, Any]:
-        """One kind of fault at one tenth of the second or third save."""
+        """One kind of fault at one tenth of the second, the third or the last save."""
         rng = np.random.default_rng([number, 37])
         config, size = self.config(number), LAYOUTS[number % len(LAYOUTS)][0]
         kind, tenth = self.KINDS[number % len(self.KINDS)], number // len(self.KINDS) % 10
-        which, victim = int(rng.integers(2, 4)), int(rng.integers(size))
+        which = (2, 3, STEPS // SAVE_EVERY)[int(rng.integers(3))]
+        victim = int(rng.integers(size))
         written = self.expected(number)["bytes"]
         if kind == "rename" or f"__{victim}_0.distcp" not in written:
             victim = 0
@@ -317,13 +318,17 @@ def break_disk(kind: str, limit: int, step: int) -> None:
 
     begin, end = f"{commit.checkpoint_name(step)}.", commit.TEMPORARY
     write, sync, rename = blobs.write_some, blobs.sync, os.rename
-    written = 0
+    written, hurt = 0, ""
 
     def concerns(file: Any) -> bool:
         return is_in_save(os.fspath(file.name))
 
     def is_in_save(path: str) -> bool:
-        return any(part.startswith(begin) and part.endswith(end) for part in Path(path).parts)
+        nonlocal hurt
+        parts = [p for p in Path(path).parts if p.startswith(begin) and p.endswith(end)]
+        # It is tried again, in a folder of another name.
+        hurt = hurt or "".join(parts)
+        return bool(parts) and parts[0] == hurt
 
     def refuse_writing(file: Any, data: memoryview) -> int:
         nonlocal written

@@ -16,7 +16,7 @@ from megatron_cogview.training.checkpoints import CHECKPOINTS
 from megatron_cogview.training.metrics import read_metrics
 from megatron_cogview.training.throughput import MEASURED
 
-PHASES = ("start", "load", "data", "forward", "gradients", "update", "save", "validate")
+PHASES = ("start", "load", "data", "forward", "gradients", "update", "validate", "save")
 LONGEST_RUN_S = 240.0
 
 LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = (
