@@ -50,10 +50,12 @@ def measure(
         kind: Saver(folder / kind, topology, keep=1, asynchronous=kind == "background")
         for kind in ("blocking", "background")
     }
+    for each in savers.values():
+        # As a run does before its first step.
+        each.reserve(state)
     step = _Work()
     idle = [step.seconds() for _ in range(BASELINE_STEPS)]
     blocking, begins, commits, writing, busy = [], [], [], [], []
-    # The first of each gets its memory from the system; later ones have it.
     saver = savers["background"]
     for number in range(1, repetitions + 2):
         blocking.append(_timed(partial(_blocking, savers["blocking"], number, state)))
