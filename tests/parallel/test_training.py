@@ -121,7 +121,7 @@ def test_new_optimizer_settings_hold_in_a_resumed_run(folder: Path) -> None:
 
 
 def test_a_validation_that_a_stop_cuts_short_is_made_up_for(folder: Path) -> None:
-    target = "tests.parallel.training_cases:stop_while_validating"
+    target = "tests.parallel.recovery_cases:stop_while_validating"
     for result in run_distributed(target, 2, {"folder": str(folder)}, 150):
         assert not result["finished"]
         assert result["step"] == 3
@@ -132,7 +132,7 @@ def test_a_validation_that_a_stop_cuts_short_is_made_up_for(folder: Path) -> Non
 
 @pytest.fixture(scope="module")
 def hurt(folder: Path) -> list[dict[str, Any]]:
-    target = "tests.parallel.training_cases:roll_back"
+    target = "tests.parallel.recovery_cases:roll_back"
     return run_distributed(target, 2, {"folder": str(folder)}, 200)
 
 

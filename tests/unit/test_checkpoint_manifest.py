@@ -209,3 +209,18 @@ def test_the_same_step_again_takes_the_place_of_the_first(tmp_path: Path) -> Non
     commit.verify(folder)
     assert (folder / "data").read_bytes() == b"new"
     assert names(tmp_path) == ["step_00000001"]
+
+
+def test_of_two_runs_in_one_folder_the_first_loses_its_save_and_nothing_is_mixed(
+    tmp_path: Path,
+) -> None:
+    first = commit.prepare(tmp_path, 7)
+    (first / "data").write_bytes(b"first")
+    second = commit.prepare(tmp_path, 7)
+    (second / "data").write_bytes(b"second")
+    with pytest.raises(OSError, match="No such file"):
+        commit.commit(first, 7, {}, {})
+    folder = commit.commit(second, 7, {}, {})
+    commit.verify(folder)
+    assert (folder / "data").read_bytes() == b"second"
+    assert names(tmp_path) == ["step_00000007"]

@@ -335,17 +335,6 @@ def test_a_file_that_vanished_is_missed(tmp_path: Path) -> None:
     assert "not there any more" in str(saver.last_error)
 
 
-def test_of_two_runs_in_one_folder_the_first_loses_its_save_and_nothing_is_mixed(
-    tmp_path: Path,
-) -> None:
-    first, second = (Saver(tmp_path, ALONE, keep=2, asynchronous=False) for _ in range(2))
-    first.begin(7, {}, state(3))
-    second.begin(7, {}, state(4))
-    assert first.commit() is None
-    assert second.commit() is not None
-    assert is_state(newest(tmp_path), 4)
-
-
 @pytest.mark.usefixtures("no_flushing")
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
     """And so is a file that is cut, gone, or in the place of another."""
