@@ -136,7 +136,8 @@ class KillCampaign(_Campaign):
         if way in ("save", "saving"):
             # A checkpoint that is written in the background is so during the next step.
             step = min(step + -step % SAVE_EVERY, STEPS)
-            return (step, "save") if way == "save" else (step + 1, "forward")
+            # The last one is waited for.
+            return (step, "save") if way == "save" or step == STEPS else (step + 1, "forward")
         if way == "validate":
             return (10 if done < 10 else 20), "validate"
         return step, way
