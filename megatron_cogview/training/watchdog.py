@@ -72,6 +72,8 @@ class Watchdog:
         self._changed: dict[int, float] = {}
         self._last: dict[int, Heartbeat] = {}
         self._ended, self._alarmed = threading.Event(), threading.Event()
+        self._news = threading.Event()
+        """Something that the thread that talks should not wait with."""
         self._alarm_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._members: list[Member] = []
@@ -118,6 +120,8 @@ class Watchdog:
         finally:
             self._limit = former
             self.beat(self._beat[1], self._beat[3])
+            # If this rank were stopped now, the others would be as patient as they last heard.
+            self._news.set()
 
     def __enter__(self) -> Self:
         if not self._members:
@@ -153,6 +157,7 @@ class Watchdog:
         # Before the event: the last heartbeat carries it.
         self._state = f"{kind.__name__}: {error}"[:500] if kind and failed else "done"
         self._ended.set()
+        self._news.set()
         if self._alarmed.is_set():
             # The watchdog ends this process; what the main thread met is part of the hang.
             time.sleep(self._last_words_s())
@@ -219,8 +224,10 @@ class Watchdog:
     def _talk(self) -> None:
         """Publish, read and judge, until the main thread leaves or the store is lost."""
         try:
-            while not self._ended.wait(self._interval):
+            while not self._ended.is_set():
                 self._exchange()
+                self._news.wait(self._interval)
+                self._news.clear()
             self._leave()
         except dist.DistNetworkError:
             # No word: who ends first takes the store along.
