@@ -364,8 +364,14 @@ class Watchdog:
             return
         self._store.acknowledge()
         if self._rank == 0:
-            running = [r for r, b in self._last.items() if b.state == "running"]
-            others = [r for r in running if r not in (0, *verdict.late)]
+            # A late rank whose watchdog answers should hear of it from here, and not judge alone.
+            others = [
+                rank
+                for rank, (heartbeat, silence) in self._seen().items()
+                if rank != 0
+                and heartbeat.state == "running"
+                and (rank not in verdict.late or silence <= self._silent_after)
+            ]
             deadline = time.monotonic() + 3 * self._interval + 1.0
             while time.monotonic() < deadline and not self._store.acknowledged(others):
                 time.sleep(0.02)
