@@ -28,7 +28,10 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    # torch's CUDA builds bring it; without a GPU its interpreter and its compiler serve the tests.
+    # Earlier ones do not work with NumPy 2.4.
     "dev": [
+        "triton>=3.7.1",
         "webdataset>=1.0",
         "lmdb>=1.4",
         "pytest>=8.3",

@@ -11,6 +11,10 @@ import torch
 
 from megatron_cogview.parallel import cpu_backend
 
+if not torch.cuda.is_available():
+    # Before a kernel is imported, for Triton looks when a function is decorated: without a GPU
+    # kernels run step by step on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 cpu_backend.install()
 

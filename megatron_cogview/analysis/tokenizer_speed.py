@@ -30,7 +30,7 @@ from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.data import images
 from megatron_cogview.data.raw import RawPair
 from megatron_cogview.data.sources import open_pictures
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.tokenization.image import load_image_tokenizer
 from megatron_cogview.tokenization.pixels import OURS, PixelScaling
 from megatron_cogview.tokenization.quantizer import flatten_latents

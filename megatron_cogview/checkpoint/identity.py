@@ -12,6 +12,7 @@ FREE = (
     "model.attention_dropout",
     "model.hidden_dropout",
     "model.init_std",
+    "model.norm.backend",
     "model.norm.relax_scope",
     "sequence.text_policy",
 )

@@ -19,6 +19,14 @@ class NormConfig:
     """Which norms PB-relax: the final one (the paper's letter) or all of them (released code)."""
     epsilon: float = 1e-5
     """Added to the variance."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """``reference``: PyTorch; ``triton``: our kernels, which join the end of a branch with the norm
+    of the next; ``auto``: the kernels on a GPU."""
+
+
+LEAST_SAVING = 1.2
+"""Dense pairs of query and key for each that three regions compute; with fewer the gathered keys
+and the seven products of the backward pass, in the place of five, cost more than is saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +35,10 @@ class AttentionConfig:
 
     kind: Literal["dense", "pivot"] = "dense"
     """``dense`` causal, or ``pivot``: the three-region sparse attention of appendix B."""
-    backend: Literal["auto", "reference"] = "auto"
-    """``reference``: Eq. 4 written out; ``auto``: PyTorch's fused attention where it is as safe."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """``reference``: Eq. 4 written out.  ``triton``: our kernel.  ``auto``: for dense attention
+    PyTorch's fused kernels where they are as safe; for three regions our kernel on a GPU, and dense
+    attention at lengths where three regions save nothing."""
     relax_alpha: float = 32.0
     """alpha of Eq. 4; 1 turns the division off (released code)."""
     relax_max: Literal["row", "head"] = "row"
@@ -41,11 +51,28 @@ class AttentionConfig:
     """P, text tokens and pivots together (P-ATT-4)."""
     pivot_seed: int = 1234
     """Key of the stateless pivot sampler."""
+    pivot_bias: float = 0.0
+    """Added to the scores of text and pivots before the window; 0 as in the paper.  The logarithm
+    of (keys before the window / pivots among them) lets pivots stand for what was not drawn."""
+
+    def mean_keys(self, length: int) -> float:
+        """Keys that a query of a sequence sees, on average over queries and pivots; no text."""
+        if self.kind == "dense":
+            return (length + 1) / 2
+        own = range(length)
+        first = [max(0, q // self.window_block - self.window_blocks + 1) for q in own]
+        before = self.window_block * sum(first)
+        in_window = length * (length + 1) / 2 - before
+        return (in_window + before * min(1.0, self.num_pivots / length)) / length
+
+    def saves(self, length: int) -> bool:
+        """Whether three regions compute clearly less than dense causal attention."""
+        return (length + 1) / 2 >= LEAST_SAVING * self.mean_keys(length)
 
     @property
     def is_written_out(self) -> bool:
-        """Whether scores are materialised always: no fused kernel computes these settings."""
-        return self.kind == "pivot" or self.backend == "reference" or self.relax_max == "head"
+        """Whether scores are materialised on every device: no kernel computes these settings."""
+        return self.backend == "reference" or self.relax_max == "head"
 
     def __post_init__(self) -> None:
         if self.relax_alpha < 1.0:
@@ -53,6 +80,13 @@ class AttentionConfig:
         for name in ("window_block", "window_blocks"):
             if getattr(self, name) < 1:
                 raise refuse(f"model.attention.{name}", getattr(self, name), "must be at least 1")
+        if self.backend == "triton" and self.relax_max == "head":
+            raise refuse(
+                "model.attention.relax_max",
+                "head",
+                "is not known to model.attention.backend triton, whose maximum is a row's; choose "
+                "row or backend reference",
+            )
         if self.num_pivots < 0:
             raise refuse("model.attention.num_pivots", self.num_pivots, "must not be negative")
 

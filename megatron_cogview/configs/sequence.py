@@ -43,6 +43,12 @@ class SequenceConfig:
         return self.length - 1
 
     @property
+    def longest_text_region(self) -> int:
+        """Ids before the first image code of a training sequence, at most: the text, ``[ROI1]``,
+        ``[BASE]`` and ``[BOI1]``."""
+        return self.text_budget + 3
+
+    @property
     def num_image_tokens(self) -> int:
         """Image codes of one sequence, all grids together."""
         return sum(side * side for side in self.codes_per_side)

@@ -8,17 +8,23 @@ import logging
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.kernels.pb_relax_attention.reference import (
     causal_mask,
     fused_attention,
     fused_is_safe,
     pb_relax_attention,
 )
+from megatron_cogview.kernels.pivot_attention.operator import (
+    dense_attention,
+    three_region_attention,
+)
 from megatron_cogview.kernels.pivot_attention.reference import visible_keys
+from megatron_cogview.model.kernel_choice import choose_attention, current_device, host_seed
 from megatron_cogview.model.transformer_config import CogViewTransformerConfig
 
 logger = logging.getLogger(__name__)
@@ -44,9 +50,13 @@ class CogViewCoreAttention(MegatronModule):
         assert config.cogview_attention is not None
         self.attention = config.cogview_attention
         self.layer_number = layer_number
-        self.sequence_length = config.sequence_length
+        self.sequence_length, self.longest_text = config.sequence_length, config.longest_text
         self.dropout = config.attention_dropout
         self.sequence_parallel = config.sequence_parallel
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.choice = choose_attention(
+            config.cogview_attention, config.params_dtype, current_device(), self.dropout
+        )
 
     def forward(
         self,
@@ -78,9 +88,10 @@ class CogViewCoreAttention(MegatronModule):
     def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
         """Heads differ between tensor-parallel ranks, so their dropout must.
 
-        Under sequence parallelism the transformer block has forked the tracker already.
+        Under sequence parallelism the transformer block has forked the tracker already; a kernel
+        counts the heads.
         """
-        if dropout == 0.0 or self.sequence_parallel:
+        if dropout == 0.0 or self.sequence_parallel or self.choice == "kernel":
             return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
@@ -93,14 +104,49 @@ class CogViewCoreAttention(MegatronModule):
         dropout: float,
     ) -> torch.Tensor:
         a = self.attention
-        num_queries, num_keys = q_BNSD.shape[-2], k_BNKD.shape[-2]
-        if a.kind == "dense":
-            safe = fused_is_safe(q_BNSD.dtype, q_BNSD.device, dropout)
-            if safe and not a.is_written_out:
-                return fused_attention(q_BNSD, k_BNKD, v_BNKD, dropout)
-        visible = self.visible(num_queries, num_keys, q_BNSD.device, pivot_key_B2)
+        # Eq. 4 as it is written out knows no bias.
+        if self.choice == "kernel" or (a.kind == "pivot" and a.pivot_bias):
+            return self._kernel(q_BNSD, k_BNKD, v_BNKD, pivot_key_B2, dropout)
+        if self.choice == "fused" and fused_is_safe(q_BNSD.dtype, q_BNSD.device, dropout):
+            return fused_attention(q_BNSD, k_BNKD, v_BNKD, dropout)
+        visible = self.visible(q_BNSD.shape[-2], k_BNKD.shape[-2], q_BNSD.device, pivot_key_B2)
         return pb_relax_attention(
             q_BNSD, k_BNKD, v_BNKD, visible, a.relax_alpha, a.relax_max, dropout
+        )
+
+    def _kernel(
+        self,
+        q_BNSD: torch.Tensor,
+        k_BNKD: torch.Tensor,
+        v_BNKD: torch.Tensor,
+        pivot_key_B2: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        a = self.attention
+        stream: dict[str, Any] = {
+            "dropout": dropout,
+            "dropout_seed": host_seed() if dropout else 0,
+            "head_offset": self.tensor_rank * q_BNSD.shape[1],
+            "implementation": "triton" if self.choice == "kernel" else "reference",
+        }
+        if a.kind == "dense":
+            return dense_attention(q_BNSD, k_BNKD, v_BNKD, **stream)
+        assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
+        return three_region_attention(
+            q_BNSD,
+            k_BNKD,
+            v_BNKD,
+            pivot_key_B2,
+            total_length=max(k_BNKD.shape[-2], self.sequence_length),
+            window_block=a.window_block,
+            window_blocks=a.window_blocks,
+            num_pivots=a.num_pivots,
+            layer_number=self.layer_number,
+            seed=a.pivot_seed,
+            pivot_bias=a.pivot_bias,
+            # Prompts may hold a picture; there slots are no matter.
+            max_text=self.longest_text if self.training else None,
+            **stream,
         )
 
     def visible(
@@ -128,17 +174,24 @@ class CogViewCoreAttention(MegatronModule):
         )
 
 
-def log_attention_choice(config: CogViewTransformerConfig, dtype: torch.dtype) -> None:
+def log_attention_choice(config: CogViewTransformerConfig, asked: AttentionConfig) -> None:
     """Say once which attention runs, and why it is allowed to."""
     a = config.cogview_attention
     assert a is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if a.kind == "pivot":
-        chosen = "three-region attention, reference path (dense mask)"
-    elif a.is_written_out:
-        chosen = f"PB-relax attention written out (alpha {a.relax_alpha}, max per {a.relax_max})"
-    elif fused_is_safe(dtype, device, config.attention_dropout):
-        chosen = "PyTorch's fused attention: its scores stay in fp32, so alpha is not needed"
-    else:
-        chosen = "PB-relax attention written out: no fused kernel with fp32 scores and dropout here"
-    logger.info("attention: %s", chosen)
+    device = current_device()
+    choice = choose_attention(a, config.params_dtype, device, config.attention_dropout)
+    name = "three-region attention" if a.kind == "pivot" else "dense attention"
+    said = {
+        "kernel": f"{name} by our kernel: its scores stay in fp32, so alpha is not needed",
+        "fused": "PyTorch's fused attention: its scores stay in fp32, so alpha is not needed",
+        "written out": f"{name} written out (alpha {a.relax_alpha}, max per {a.relax_max})",
+    }[choice]
+    if choice == "written out" and not a.is_written_out:
+        said += ": no kernel with fp32 scores for this here"
+    if asked.kind != a.kind:
+        said += (
+            f"; dense in the place of three regions, which at {config.sequence_length} tokens "
+            "compute no fewer pairs worth mentioning (model.attention.backend reference or triton "
+            "takes them all the same)"
+        )
+    logger.info("attention: %s", said)

@@ -17,6 +17,7 @@ from megatron_cogview.model.attention import log_attention_choice
 from megatron_cogview.model.embedding import ShrunkGradientEmbedding
 from megatron_cogview.model.layer_spec import block_spec
 from megatron_cogview.model.linear import linear_layers
+from megatron_cogview.model.norm import join_norms
 from megatron_cogview.model.transformer_config import CogViewTransformerConfig, transformer_config
 
 
@@ -57,6 +58,7 @@ class CogViewModel(LanguageModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        join_norms(self.decoder.layers, self.decoder.final_layernorm, config.joined_norms)
         if post_process:
             self.output_layer = linear_layers(config)[0](
                 config.hidden_size,
@@ -135,7 +137,7 @@ def build_model(config: RunConfig) -> list[CogViewModel]:
     from megatron.core import parallel_state as state
 
     settings = transformer_config(config)
-    log_attention_choice(settings, settings.params_dtype)
+    log_attention_choice(settings, config.model.attention)
     chunks = []
     for number in range(config.parallel.virtual_pipeline):
         stage = number if config.parallel.virtual_pipeline > 1 else None

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cogview.configs.model import AttentionConfig, NormConfig
 from megatron_cogview.configs.run import RunConfig
-from megatron_cogview.kernels.pb_relax_attention.reference import fused_is_safe
+from megatron_cogview.model.kernel_choice import (
+    choose_attention,
+    current_device,
+    effective_attention,
+)
 from megatron_cogview.model.precision import resolve_dtype
 
 gelu_tanh: Callable[[torch.Tensor], torch.Tensor] = partial(F.gelu, approximate="tanh")
@@ -28,6 +32,10 @@ class CogViewTransformerConfig(TransformerConfig):
     embedding_gradient_scale: float = 1.0
     sequence_length: int = 0
     """Tokens of a whole training sequence; pivots are drawn among them."""
+    longest_text: int = 0
+    """Text-region tokens that no sequence has more of."""
+    joined_norms: Literal["none", "layer", "block"] = "none"
+    """How far a branch's end may be computed together with the norm of the next branch."""
 
 
 def transformer_config(config: RunConfig) -> CogViewTransformerConfig:
@@ -77,11 +85,22 @@ def _settings(config: RunConfig, dtype: torch.dtype) -> CogViewTransformerConfig
         # The token table's gradient is then added up in one order.
         deterministic_mode=config.training.deterministic,
         cogview_norm=model.norm,
-        cogview_attention=model.attention,
+        cogview_attention=effective_attention(model.attention, config.sequence.model_length),
         embedding_gradient_scale=model.embedding_gradient_scale,
         sequence_length=config.sequence.model_length,
+        longest_text=config.sequence.longest_text_region,
+        joined_norms=_joined_norms(config),
         **_recompute_settings(config, dtype),
     )
+
+
+def _joined_norms(config: RunConfig) -> Literal["none", "layer", "block"]:
+    """Where the next branch's weights are at hand when a branch ends."""
+    if config.parallel.overlap_parameters:
+        # They are collected when their own module is called, and not before.
+        return "none"
+    # Layers that are computed again begin anew; what was made ahead for them would be kept.
+    return "layer" if config.parallel.recompute == "full" else "block"
 
 
 def _recompute_settings(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -104,8 +123,7 @@ def _recompute_settings(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]
 
 
 def _keeps_scores(config: RunConfig, dtype: torch.dtype) -> bool:
-    """Whether attention is written out here, as ``CogViewCoreAttention`` decides it."""
-    model = config.model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fused = fused_is_safe(dtype, device, model.attention_dropout)
-    return model.attention.is_written_out or not fused
+    """Whether attention is written out here."""
+    attention = effective_attention(config.model.attention, config.sequence.model_length)
+    dropout = config.model.attention_dropout
+    return choose_attention(attention, dtype, current_device(), dropout) == "written out"

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_cogview.configs.image_tokenizer import GumbelConfig, ImageTokenizerConfig
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.tokenization import draws
 
 LAPLACE_EPSILON = 1e-5

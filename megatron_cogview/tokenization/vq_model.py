@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.tokenization import vqgan, vqvae
 from megatron_cogview.tokenization.exactness import exact
 from megatron_cogview.tokenization.quantizer import (

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 
 
 def brute_force(vectors_ND: Tensor, codebook_KD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.kernels.pb_relax_attention.reference import (
     causal_mask,
     fused_attention,

@@ -17,12 +17,17 @@ ONE_RANK = "tests/parallel/test_parity.py::test_layouts_equal_the_unsharded_orac
 
 
 def suite_rows(device: torch.device, folder: Path) -> list[Row]:
-    """The tests that need a GPU, and the parallel tests that need one process."""
+    """The tests that need a GPU, those of the kernels, and parallel ones that need one process."""
     return [
         Row(
             name="pytest -m gpu",
             estimate_s=60,
             run=partial(_pytest, device, folder, "gpu", ["-m", "gpu", "tests"]),
+        ),
+        Row(
+            name="tests/kernels",
+            estimate_s=120,
+            run=partial(_pytest, device, folder, "kernels", ["tests/kernels"]),
         ),
         Row(
             name="tests/parallel on one rank",
@@ -41,7 +46,7 @@ def _pytest(
         Skip: GPU tests without a GPU.
         RuntimeError: a failure, an error, no test that passed, or no end in time.
     """
-    if name == "gpu" and device.type != "cuda":
+    if name in ("gpu", "kernels") and device.type != "cuda":
         raise Skip("needs a CUDA device")
     if not (ROOT / "tests").is_dir():
         raise RuntimeError(f"{ROOT}: no tests beside the package; run from a checkout")

@@ -1,0 +1,1 @@
+"""Tests of the kernels; without a GPU Triton interprets them."""

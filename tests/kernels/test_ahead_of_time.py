@@ -1,0 +1,48 @@
+"""Every kernel in every size it is started with compiles for sm_80 and sm_90 without spilling."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CAPABILITIES = (80, 90)
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """What came out; in a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_cogview.testing.ahead_of_time",
+        *map(str, CAPABILITIES),
+    ]
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines: list[dict[str, Any]] = json.loads(done.stdout)
+    return lines
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    for line in compiled:
+        assert line["stack"] == line["LDL"] == line["STL"] == 0, line
+
+
+def test_registers_and_shared_memory_are_as_stated(compiled: list[dict[str, Any]]) -> None:
+    for line in compiled:
+        assert line["registers"] <= line["most_registers"], line
+        assert line["shared"] <= line["most_shared_bytes"], line
+
+
+def test_products_of_halves_use_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    products = [line for line in compiled if line["is_matmul"]]
+    for line in products:
+        assert line[TENSOR_CORE[line["capability"]]] > 0, line
+    assert {line["capability"] for line in products} == set(CAPABILITIES)
