@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.precision import PrecisionConfig
-from megatron_cogview.kernels.codebook_lookup.reference import nearest_code
+from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.kernels.pb_relax_attention.reference import (
     causal_mask,
     fused_attention,
