@@ -34,11 +34,12 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# The base image's own torch in place of the project's pin; everything else as pinned.
+# The base image's own torch, and the triton that belongs to it, in place of the project's pins;
+# everything else as pinned.
 WORKDIR /opt/megatron-cogview
 COPY constraints.txt ./
 RUN { python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" \
-      && grep -v '^torch==' constraints.txt; } > /opt/constraints.txt
+      && grep -v -e '^torch==' -e '^triton==' constraints.txt; } > /opt/constraints.txt
 
 COPY --from=devel /wheels /opt/wheels
 RUN if [ "${WITH_APEX}" = 1 ]; then \
