@@ -44,6 +44,17 @@ def signed(word: torch.Tensor) -> torch.Tensor:
     return word - ((word >> 31) << 32)
 
 
+def drop_threshold(p: float) -> int:
+    """The signed 32-bit number that a word must reach to be kept.
+
+    Raises:
+        ValueError: p is outside [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {p}")
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
 def uniform(seed: int, offset: torch.Tensor) -> torch.Tensor:
     """fp32 numbers in ``[0, 1)``: what ``tl.rand(seed, offset)`` gives for int64 offsets >= 0."""
     number = signed(words(seed, offset, offset >> 32, 0, 0)[0])

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_cogview.kernels.dispatch import is_interpreted
+from megatron_cogview.kernels.philox import drop_threshold
 from megatron_cogview.kernels.pivot_attention.plan import Plan
-from megatron_cogview.kernels.pivot_attention.reference import drop_threshold
 
 _LOG2_E = math.log2(math.e)
 

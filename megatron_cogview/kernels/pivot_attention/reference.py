@@ -106,12 +106,7 @@ def kept_weights(
     drawn = philox.words(seed, query_S1 // 4, key_1K, head_N11, sample_B111)
     word_BNSK = sum(torch.where(query_S1 % 4 == i, word, 0) for i, word in enumerate(drawn))
     assert isinstance(word_BNSK, torch.Tensor)
-    return philox.signed(word_BNSK) >= drop_threshold(dropout)
-
-
-def drop_threshold(dropout: float) -> int:
-    """The signed 32-bit number that a word must reach to be kept."""
-    return round(dropout * 2**32) - 2**31
+    return philox.signed(word_BNSK) >= philox.drop_threshold(dropout)
 
 
 def masked_attention(

@@ -10,6 +10,7 @@ see one node with known shapes.  Triton is imported when it first runs.
 import torch
 
 from megatron_cogview.kernels.dispatch import Implementation
+from megatron_cogview.kernels.philox import drop_threshold
 from megatron_cogview.kernels.sandwich_junction import reference
 from megatron_cogview.kernels.sandwich_junction.reference import JunctionRule
 from megatron_cogview.kernels.scaled_layer_norm.operator import check_rows
@@ -96,7 +97,7 @@ def _check(
             raise ValueError(
                 f"sandwich_junction: rule {rule!r} needs more than one token; take separate norms"
             )
-    reference.drop_threshold(dropout)
+    drop_threshold(dropout)
 
 
 @torch.library.custom_op("cogview::sandwich_junction", mutates_args=())

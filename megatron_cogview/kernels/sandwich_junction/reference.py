@@ -85,15 +85,4 @@ def keep_mask(
     counter_MQ = torch.arange(math.prod(shape[:-1]) * groups, device=device).view(-1, groups)
     drawn = philox.words(seed, counter_MQ, counter_MQ >> 32, 0, 0)
     word_MH = torch.stack(drawn, -1).flatten(1)[:, :columns]
-    return (philox.signed(word_MH) >= drop_threshold(p)).view(tuple(shape))
-
-
-def drop_threshold(p: float) -> int:
-    """The signed 32-bit number that a word must reach to be kept.
-
-    Raises:
-        ValueError: p is outside [0, 1).
-    """
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {p}")
-    return min(round(p * 2**32), 2**32 - 1) - 2**31
+    return (philox.signed(word_MH) >= philox.drop_threshold(p)).view(tuple(shape))

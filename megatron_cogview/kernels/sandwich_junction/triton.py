@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_cogview.kernels.sandwich_junction.reference import drop_threshold
+from megatron_cogview.kernels.philox import drop_threshold
 from megatron_cogview.kernels.scaled_layer_norm.triton import (
     STAGES,
     backward_programs,
