@@ -24,7 +24,7 @@ class Arguments:
     part: Part
     """Which rows."""
     output: Path
-    """Folder for PART.jsonl and PART.md."""
+    """Folder for PART.jsonl and PART.md, and for kernels.png."""
     budget_seconds: float = 420.0
     """Time for all rows; one that would not fit is skipped and says so."""
     device: Literal["cuda", "cpu"] = "cuda"

@@ -7,7 +7,7 @@ usage() {
 Usage: tools/gpu_check.sh --part PART --output DIR [--budget-seconds 420] [--device cuda]
 
   --part            tests, kernels, training, generation, or all of them
-  --output          folder for PART.jsonl and PART.md; must not hold them yet
+  --output          folder for PART.jsonl and PART.md, which it must not hold yet, and kernels.png
   --budget-seconds  time for the rows of one part; the part is stopped 60 seconds after it
   --device          cuda; or cpu, a rehearsal at micro shapes that is no result
 

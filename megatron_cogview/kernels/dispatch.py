@@ -44,6 +44,8 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
+# So that a function torch.compile traces may ask: the answer never changes within a process.
+@torch.compiler.assume_constant_result
 def choose(operation: str, wanted: Wanted, device: torch.device) -> Implementation:
     """The implementation of an operation on a device; logs the choice the first time.
 

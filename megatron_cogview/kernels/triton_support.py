@@ -55,5 +55,5 @@ class Shipped:
     """Of a thread, on either architecture."""
     most_shared_bytes: int
     """Of a block, on either architecture."""
-    is_matmul: bool = False
-    """Whether it must contain tensor-core instructions."""
+    product_rows: int = 0
+    """Of its products in half precision, which must use tensor cores; 0: it has none."""

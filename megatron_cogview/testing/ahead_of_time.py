@@ -97,7 +97,7 @@ def main(capabilities: list[int]) -> None:
                     "capability": capability,
                     "constants": {name: str(value) for name, value in each.constants.items()},
                     "num_warps": each.num_warps,
-                    "is_matmul": each.is_matmul,
+                    "product_rows": each.product_rows,
                     "most_registers": each.most_registers,
                     "most_shared_bytes": each.most_shared_bytes,
                     **inspected(compiled(each, capability)),

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_cogview.configs.model import AttentionConfig, ModelConfig, NormConfig
 from megatron_cogview.configs.parallel import ParallelConfig
+from megatron_cogview.configs.presets import preset
 from megatron_cogview.testing.oracle import random_weights
 from tests.parallel.cases import LR, PIVOT, micro_batches, run_config, small_model
 
@@ -82,3 +83,39 @@ def _trained(config: Any, topology: Any) -> tuple[Any, Any, int]:
         norm._is_same = is_same
     assert result.updated
     return engine, result, taken
+
+
+def preset_steps(arguments: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses and gradient norm of one step of every preset's model, cut down to one small layer,
+    with every choice of kernels."""
+    from megatron_cogview.parallel.topology import initialize
+
+    topology = initialize(ParallelConfig())
+    results = {}
+    for name in arguments["presets"]:
+        for kind, backend in arguments["choices"]:
+            base = run_config("paper", ParallelConfig(), 1, 1)
+            config = replace(base, model=_cut_down(preset(name).model, kind, backend))
+            _, result, _ = _trained(config, topology)
+            losses = result.losses
+            found = [losses.total, losses.text, losses.image, result.grad_norm]
+            results[f"{name}, {kind}, {backend}"] = found
+    return results
+
+
+def _cut_down(model: ModelConfig, kind: str, backend: Any) -> ModelConfig:
+    """The preset's numerics at the size of the tests' models."""
+    small = small_model()
+    regions = {n: getattr(PIVOT, n) for n in ("window_block", "window_blocks", "num_pivots")}
+    return replace(
+        model,
+        num_layers=1,
+        hidden_size=small.head_dim,
+        num_heads=1,
+        max_positions=small.max_positions,
+        vocab=small.vocab,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention=replace(model.attention, kind=kind, backend=backend, **regions),
+        norm=replace(model.norm, backend=backend),
+    )

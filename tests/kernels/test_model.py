@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_cogview.configs.presets import PRESETS
 from megatron_cogview.testing.closeness import relative_rms
 from megatron_cogview.testing.forked import run_forked
 
@@ -64,6 +65,8 @@ MADE_AHEAD = {
     "dropout, none": [6, 8],
 }
 
+CHOICES = [(kind, backend) for kind in ("dense", "pivot") for backend in ("reference", "triton")]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,8 +79,10 @@ def results(folder: Path) -> dict[str, Any]:
         (TARGET, processes, {"folder": str(folder), "layouts": layouts})
         for processes, layouts in ((1, ALONE), (2, PAIRS | DROPPED))
     ]
-    alone, pairs = run_forked(steps, timeout_s=400)
-    return {**alone, **pairs}
+    arguments = {"presets": sorted(PRESETS), "choices": CHOICES}
+    steps.append(("tests.kernels.model_cases:preset_steps", 1, arguments))
+    alone, pairs, presets = run_forked(steps, timeout_s=400)
+    return {**alone, **pairs, "presets": presets}
 
 
 @pytest.mark.parametrize("name", [*list(ALONE)[2:], *PAIRS])
@@ -107,3 +112,14 @@ def test_recomputation_draws_the_same_dropout(folder: Path, results: dict[str, A
     for key, tensor in plain.items():
         if not key.endswith("linear_qkv.bias"):
             assert relative_rms(again[key], tensor) < 1e-6, key
+
+
+@pytest.mark.parametrize("kind", ["dense", "pivot"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_with_every_choice(preset: str, kind: str, results: dict[str, Any]) -> None:
+    found = results["presets"]
+    kernels, reference = (found[f"{preset}, {kind}, {b}"] for b in ("triton", "reference"))
+    assert kernels == pytest.approx(reference, rel=BOUND)
+    # The choice reaches the model: other keys give another loss.
+    other = found[f"{preset}, {'pivot' if kind == 'dense' else 'dense'}, reference"]
+    assert kernels[0] != pytest.approx(other[0], rel=10 * BOUND)

@@ -231,6 +231,22 @@ def test_the_operator_keeps_pytorch_s_contract():
         torch.library.opcheck(torch.ops.cogview.three_region_attention.default, (*tensors, *rest))
 
 
+def test_torch_compile_traces_through_the_plan_and_the_operator():
+    """In one graph, the choice of the implementation included."""
+    case = Case(18, 20, 16, heads=1, given={"dropout": 0.2, "dropout_seed": 3})
+    tensors = case.tensors()
+
+    def attend(q, k, v):
+        return three_region_attention(
+            q, k, v, case.pivot_key_B2, implementation="triton", **case.settings
+        )
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    plain, traced = (differentiated(f, tensors) for f in (attend, compiled))
+    for name in NAMES:
+        assert torch.equal(plain[name], traced[name]), name
+
+
 def test_the_plan_lists_the_chosen_positions_and_finds_them_again():
     case = Case(texts=(30, 2))
     plan = make_plan(case.pivot_key_B2, 41, 60, num_pivots=12, layer_number=3, seed=1, max_text=30)

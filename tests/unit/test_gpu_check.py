@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_cogview.analysis.kernel_speed.cases import all_cases
+from megatron_cogview.analysis.kernel_speed.sizes import Sizes
 from megatron_cogview.analysis.training_speed.shapes import with_grid
 from megatron_cogview.configs.budget import rank_budget
 from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.presets import base_4b
-from megatron_cogview.testing.gpu_check import report, suites, training
+from megatron_cogview.testing.gpu_check import kernels, report, suites, training
 from megatron_cogview.testing.gpu_check.rows import Outcome, Row, Skip, exit_code, run_rows
 from megatron_cogview.testing.gpu_check.run import resolve_device
 from megatron_cogview.testing.gpu_check.synthetic import micro_run
@@ -161,13 +163,14 @@ def test_without_cuda_nothing_is_measured() -> None:
         resolve_device("cuda")
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
         timeout=180,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        | environment,
     )
 
 
@@ -199,7 +202,6 @@ def test_help_of_the_script() -> None:
 @pytest.mark.parametrize(
     ("part", "rows", "figure"),
     [
-        ("kernels", 10, "fused_ms"),
         ("training", 2, "model_tflops"),
         ("generation", 2, "images_per_s_extrapolated"),
     ],
@@ -213,6 +215,42 @@ def test_rehearsal_on_a_cpu(part: str, rows: int, figure: str, tmp_path: Path) -
     figures = [value for e in entries for name, value in e["figures"].items() if name == figure]
     assert figures and min(figures) > 0
     assert report.REHEARSAL in (tmp_path / f"{part}.md").read_text()
+
+
+@without_cuda
+def test_rehearsal_of_the_kernels(tmp_path: Path) -> None:
+    """Peers that would be compiled run as they are, which saves a minute."""
+    options = ["--part", "kernels", "--output", str(tmp_path), "--device", "cpu"]
+    done = script(*options, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *entries = map(json.loads, (tmp_path / "kernels.jsonl").read_text().splitlines())
+    assert first["environment"]["device"] == report.REHEARSAL
+    sizes = Sizes.micro()
+    assert [e["row"] for e in entries] == [case.name for case in all_cases(sizes)]
+    assert [e["status"] for e in entries] == ["ok"] * len(entries)
+    assert all("ms" in next(iter(e["figures"]["peers"].values())) for e in entries)
+    text = (tmp_path / "kernels.md").read_text()
+    assert report.REHEARSAL in text
+    assert text.count("### ") == len(entries)
+    assert "not judged: a rehearsal" in text
+    assert (tmp_path / "kernels.png").stat().st_size > 10_000
+
+
+def test_a_kernel_row_with_problems_fails_and_keeps_its_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = {"row": "x", "operation": "junction", "peers": {}, "problems": ["eager differs"]}
+    monkeypatch.setattr(kernels, "measure", lambda case, device, rounds: found)
+    row = kernels.kernel_rows(torch.device("cpu"))[0]
+    (outcome,) = run_rows([row], 1000, lambda outcome: None)
+    assert (outcome.status, outcome.message) == ("failed", "eager differs")
+    assert outcome.figures == {n: value for n, value in found.items() if n != "row"}
+    about = {"device": report.REHEARSAL}
+    written = report.Report(tmp_path, "fake", about, lambda outcomes: f"{len(outcomes)} below")
+    written.record(outcome)
+    *_, line, blank, below = (tmp_path / "fake.md").read_text().splitlines()
+    assert line.endswith("| failed: eager differs | 0.0 | operation junction |")
+    assert (blank, below) == ("", "1 below")
 
 
 @without_cuda

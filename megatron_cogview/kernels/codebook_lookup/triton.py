@@ -10,8 +10,19 @@ import triton
 import triton.language as tl
 
 from megatron_cogview.kernels.triton_support import Shipped, dot
+from megatron_cogview.kernels.tuning import tuned
 
-ROWS, CODES, NUM_WARPS, NUM_STAGES = 64, 64, 4, 2
+FIXED = (64, 64, 4, 2)
+"""Rows and codes of a tile, warps, stages."""
+CANDIDATES = (
+    FIXED,
+    (128, 64, 4, 2),
+    (64, 128, 4, 2),
+    (32, 64, 4, 2),
+    (64, 64, 8, 2),
+    (128, 128, 8, 2),
+)
+"""What the tuner tries."""
 WIDTHS = (32, 64, 256)
 """Of the presets' codebooks, the last one the paper's; others run as well."""
 
@@ -83,8 +94,9 @@ def search(
     """
     num_rows, width = vectors_ND.shape
     best_N, index_N, second_N = _outputs(vectors_ND)
+    rows, codes, num_warps, num_stages = tuned(f"codebook_lookup.D{width}", FIXED)
     if num_rows:
-        search_codes[(triton.cdiv(num_rows, ROWS),)](
+        search_codes[(triton.cdiv(num_rows, rows),)](
             vectors_ND,
             codebook_KD,
             norms_K,
@@ -94,11 +106,11 @@ def search(
             num_rows,
             codebook_KD.shape[0],
             WIDTH=width,
-            ROWS=ROWS,
-            CODES=CODES,
+            ROWS=rows,
+            CODES=codes,
             COLUMNS=_columns(width),
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
     return best_N, index_N, second_N
 
@@ -123,8 +135,9 @@ def _columns(width: int) -> int:
 def shipped() -> Iterator[Shipped]:
     """The kernel as it is started."""
     pointers = ("vectors_ptr", "codebook_ptr", "norms_ptr", "best_ptr", "second_ptr")
+    rows, codes, num_warps, num_stages = FIXED
     for width in WIDTHS:
-        sizes = {"WIDTH": width, "ROWS": ROWS, "CODES": CODES, "COLUMNS": _columns(width)}
+        sizes = {"WIDTH": width, "ROWS": rows, "CODES": codes, "COLUMNS": _columns(width)}
         yield Shipped(
             kernel=search_codes,
             types={
@@ -134,8 +147,8 @@ def shipped() -> Iterator[Shipped]:
                 "num_codes": "i32",
             },
             constants=sizes,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
+            num_warps=num_warps,
+            num_stages=num_stages,
             most_registers=224,
             most_shared_bytes=32_768,
         )

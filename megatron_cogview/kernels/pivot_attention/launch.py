@@ -13,6 +13,7 @@ import torch
 from megatron_cogview.kernels.dispatch import is_interpreted
 from megatron_cogview.kernels.philox import drop_threshold
 from megatron_cogview.kernels.pivot_attention.plan import Plan
+from megatron_cogview.kernels.tuning import tuned
 
 _LOG2_E = math.log2(math.e)
 
@@ -42,7 +43,7 @@ INTERPRETED = Launch(16, 16, 1, 1)
 """Small, so that short sequences have several tiles."""
 
 _NARROW = {
-    "forward": Launch(128, 64, 4, 3),
+    "forward": Launch(128, 64, 8, 3),
     "query_gradient": Launch(64, 64, 4, 3),
     "slot_gradient": Launch(64, 64, 4, 2),
     "key_gradient": Launch(64, 64, 4, 2),
@@ -59,33 +60,98 @@ _WIDE = {
     "slot_gradient": Launch(32, 64, 8, 1),
     "key_gradient": Launch(32, 64, 8, 1),
 }
+_PADDED = Launch(64, 32, 4, 3)
+"""Of the query gradient, which spills at the usual sizes where padding is masked too."""
+FEW_QUERIES = Launch(16, 128, 4, 3)
+"""Of the forward for up to 16 queries, in decoding.  A product has at least 16 rows."""
+_FULL = Launch(32, 32, 8, 1)
+"""fp32, which has no tensor cores here."""
 MOST_SHARED_BYTES = {
     "forward": (65536, 73728),
     "query_gradient": (65536, 43008),
     "slot_gradient": (49664, 26624),
     "key_gradient": (49664, 26624),
+    "decoding": (73728, 73728),
 }
 """Of a block with half-precision heads of 64, without and with dropout, as compiled."""
-_FULL = Launch(32, 32, 8, 1)
-"""fp32, which has no tensor cores here."""
+_KEY_CANDIDATES = (
+    Launch(64, 64, 4, 2),
+    Launch(64, 64, 4, 3),
+    Launch(32, 64, 4, 2),
+    Launch(32, 64, 4, 1),
+    Launch(64, 64, 8, 2),
+    Launch(64, 128, 8, 2),
+)
+CANDIDATES = {
+    "forward": (
+        Launch(128, 64, 4, 3),
+        Launch(128, 64, 8, 3),
+        Launch(128, 128, 8, 3),
+        Launch(64, 64, 4, 3),
+        Launch(64, 64, 8, 2),
+        Launch(128, 32, 4, 4),
+    ),
+    "query_gradient": (
+        Launch(64, 64, 4, 3),
+        Launch(64, 64, 4, 2),
+        Launch(64, 32, 4, 3),
+        Launch(64, 128, 8, 2),
+        Launch(128, 64, 8, 3),
+        Launch(128, 64, 8, 2),
+    ),
+    "slot_gradient": _KEY_CANDIDATES,
+    "key_gradient": _KEY_CANDIDATES,
+    "decoding": (
+        Launch(16, 128, 4, 3),
+        Launch(16, 128, 4, 2),
+        Launch(16, 64, 4, 3),
+        Launch(16, 128, 8, 2),
+        Launch(16, 32, 4, 4),
+    ),
+}
+"""What the tuner tries of each kernel besides its fixed sizes."""
+_ENOUGH_PROGRAMS = 1024
+"""Several for each multiprocessor of a large GPU."""
+_MOST_PARTS = 16
+"""Each has packed gradients of its own."""
 
 
-def launch(direction: str, head_dim: int, dtype: torch.dtype, dropped: bool) -> Launch:
-    """Tile sizes of a kernel.  README.md has what the compiler makes of them.
+def launch(
+    direction: str,
+    q_BNSD: torch.Tensor,
+    dropped: bool,
+    padded: bool,
+) -> Launch:
+    """Tile sizes of a kernel.  README.md has what the compiler makes of the fixed ones.
 
     Args:
         direction: ``forward``, ``query_gradient``, ``slot_gradient`` or ``key_gradient``.
-        head_dim: D, up to 128.
-        dtype: of queries, keys and values.
+        q_BNSD: queries; their shape and dtype count.  D is at most 128.
         dropped: whether weights are dropped; drawing takes registers.
+        padded: whether there is padding to be masked.
     """
-    if is_interpreted():
-        return INTERPRETED
-    if dtype == torch.float32:
+    num_queries, head_dim = q_BNSD.shape[2:]
+    if q_BNSD.dtype == torch.float32 and not is_interpreted():
         return _FULL
-    if head_dim > 64:
-        return _WIDE[direction]
-    return (_DROPPED if dropped else _NARROW)[direction]
+    is_few = direction == "forward" and num_queries <= FEW_QUERIES.queries and head_dim <= 64
+    if is_interpreted():
+        fixed = INTERPRETED
+    elif is_few:
+        fixed = FEW_QUERIES
+    elif direction == "query_gradient" and padded and not dropped and head_dim <= 64:
+        fixed = _PADDED
+    else:
+        fixed = (_WIDE if head_dim > 64 else _DROPPED if dropped else _NARROW)[direction]
+    return Launch(
+        *tuned(tuned_name("decoding" if is_few else direction, head_dim, dropped, padded), fixed)
+    )
+
+
+def tuned_name(kernel: str, head_dim: int, dropped: bool, padded: bool) -> str:
+    """How a file of measured sizes calls a kernel: ``pivot_attention.forward.D64.dropout``."""
+    width = 64 if head_dim <= 64 else 128
+    variant = ".dropout" * dropped + ".padded" * padded
+    return f"pivot_attention.{kernel}.D{width}{variant}"
 
 
 def unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -162,3 +228,16 @@ def num_tiles(length: int, tile: int) -> int:
 def num_query_tiles(num_queries: int, num_keys: int, tile: int) -> int:
     """Tiles with a query in them, counted from the start of the sequence."""
     return num_tiles(num_keys, tile) - (num_keys - num_queries) // tile
+
+
+def num_parts(programs: int, query_tiles: int) -> int:
+    """Parts of the queries in the slot gradient.
+
+    A tensor-parallel rank may have few heads, and its slots few tiles; and early slots have far
+    more queries than late ones.  It depends on shapes alone, so every device adds in one order.
+
+    Args:
+        programs: of one part.
+        query_tiles: tiles of queries.
+    """
+    return max(1, min(_ENOUGH_PROGRAMS // max(1, programs), _MOST_PARTS, query_tiles))

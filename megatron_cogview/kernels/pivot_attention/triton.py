@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from megatron_cogview.kernels.pivot_attention.launch import (
+    FEW_QUERIES,
     MOST_SHARED_BYTES,
     Settings,
     arguments,
@@ -237,10 +238,10 @@ def forward(
         logarithm (base 2) of each softmax's sum.
     """
     q_BNSD, k_BNKD, v_BNKD = readable(q_BNSD, k_BNKD, v_BNKD)
-    batch, heads, num_queries, head_dim = q_BNSD.shape
+    batch, heads, num_queries, _ = q_BNSD.shape
     out_BNSD = sequence_first(q_BNSD.shape, q_BNSD.dtype, q_BNSD.device)
     lse_BNS = unwritten((batch, heads, num_queries), torch.float32, q_BNSD.device)
-    sizes = launch("forward", head_dim, q_BNSD.dtype, settings.dropout > 0)
+    sizes = launch("forward", q_BNSD, settings.dropout > 0, padding_B2 is not None)
     grid = (num_query_tiles(num_queries, k_BNKD.shape[2], sizes.queries), batch * heads)
     with torch.cuda.device_of(q_BNSD):
         forward_kernel[grid](
@@ -259,27 +260,37 @@ _TYPES = {
     **dict.fromkeys(("scale", "bias", "root", "keep_scale"), "fp32"),
     "seed": "i64",
 }
-_CONSTANT = ("padding", "q_b", "q_n", "q_s", "k_b", "k_n", "k_s")
-"""No padding; strides are constants, for at every start they are multiples of 16."""
+_STRIDES = ("q_b", "q_n", "q_s", "k_b", "k_n", "k_s")
+"""Constants to the compiler, for at every start they are multiples of 16."""
 
 
 def shipped() -> Iterator[Shipped]:
     """Every kernel for heads of 64: three regions as in the preset fashion_3b, and dense."""
-    for half, dropout, is_dense in (
-        (torch.bfloat16, 0.0, False),
-        (torch.bfloat16, 0.1, False),
-        (torch.float16, 0.1, False),
-        (torch.bfloat16, 0.1, True),
+    three_regions, dense = (128, 6), (FAR, 1)
+    for half, dropout, blocks, padded in (
+        (torch.bfloat16, 0.0, three_regions, False),
+        (torch.bfloat16, 0.1, three_regions, False),
+        (torch.float16, 0.1, three_regions, False),
+        (torch.float16, 0.0, three_regions, True),
+        (torch.bfloat16, 0.0, dense, False),
+        (torch.bfloat16, 0.1, dense, False),
     ):
-        q_BNSD = torch.empty((2560, 2, 40, 64), dtype=half, device="meta").permute(1, 2, 0, 3)
-        slots_BP = torch.empty((2, 0 if is_dense else 768), dtype=torch.int32, device="meta")
-        blocks = (FAR, 1) if is_dense else (128, 6)
-        settings = Settings(*blocks, 0.0, dropout, 0, 0, 0)
-        yield from _shipped(q_BNSD, Plan(slots_BP, slots_BP, slots_BP), settings)
+        for direction in ("forward", "query_gradient", "slot_gradient", "key_gradient"):
+            if direction != "slot_gradient" or blocks != dense:
+                yield _shipped(direction, 2560, half, dropout, blocks, padded)
+    for blocks in (three_regions, dense):
+        yield _shipped("forward", 1, torch.bfloat16, 0.0, blocks)
 
 
-def _shipped(q_BNSD: torch.Tensor, plan: Plan, settings: Settings) -> Iterator[Shipped]:
-    """All directions of a call with as many keys as queries."""
+def _shipped(
+    direction: str,
+    num_queries: int,
+    half: torch.dtype,
+    dropout: float,
+    blocks: tuple[int, int],
+    padded: bool = False,
+) -> Shipped:
+    """A kernel of a call with 2,560 keys."""
     from megatron_cogview.kernels.pivot_attention import triton_backward
 
     kernels = {
@@ -288,22 +299,29 @@ def _shipped(q_BNSD: torch.Tensor, plan: Plan, settings: Settings) -> Iterator[S
         "slot_gradient": triton_backward.slot_gradient_kernel,
         "key_gradient": triton_backward.key_gradient_kernel,
     }
-    half = "*bf16" if q_BNSD.dtype == torch.bfloat16 else "*fp16"
-    types = {**_TYPES, **dict.fromkeys(_HALF, half)}
-    dropped = settings.dropout > 0
-    for direction, kernel in kernels.items():
-        if direction == "slot_gradient" and plan.slots_BP.shape[1] == 0:
-            continue
-        sizes = launch(direction, q_BNSD.shape[-1], q_BNSD.dtype, dropped)
-        given = arguments(q_BNSD, q_BNSD, plan, None, settings, sizes)
-        fixed = {name: given[name] for name in given if name.isupper() or name in _CONSTANT}
-        yield Shipped(
-            kernel=kernel,
-            types={n: types.get(n, "i32") for n in kernel.arg_names if n not in fixed},
-            constants=fixed,
-            num_warps=sizes.num_warps,
-            num_stages=sizes.num_stages,
-            most_registers=255,
-            most_shared_bytes=MOST_SHARED_BYTES[direction][dropped],
-            is_matmul=True,
-        )
+    q_BNSD, k_BNKD = (
+        torch.empty((length, 2, 40, 64), dtype=half, device="meta").permute(1, 2, 0, 3)
+        for length in (num_queries, 2560)
+    )
+    num_slots = 0 if blocks[0] == FAR else 768
+    slots_BP, padding_B2 = (
+        torch.empty((2, size), dtype=torch.int32, device="meta") for size in (num_slots, 2)
+    )
+    plan, settings = Plan(slots_BP, slots_BP, slots_BP), Settings(*blocks, 0.0, dropout, 0, 0, 0)
+    kernel, dropped = kernels[direction], dropout > 0
+    sizes = launch(direction, q_BNSD, dropped, padded)
+    given = arguments(q_BNSD, k_BNKD, plan, padding_B2 if padded else None, settings, sizes)
+    constant = _STRIDES if padded else (*_STRIDES, "padding")
+    fixed = {name: given[name] for name in given if name.isupper() or name in constant}
+    types = {**_TYPES, **dict.fromkeys(_HALF, "*bf16" if half == torch.bfloat16 else "*fp16")}
+    limits = MOST_SHARED_BYTES["decoding" if sizes == FEW_QUERIES else direction]
+    return Shipped(
+        kernel=kernel,
+        types={n: types.get(n, "i32") for n in kernel.arg_names if n not in fixed},
+        constants=fixed,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        most_registers=255,
+        most_shared_bytes=limits[dropped],
+        product_rows=sizes.keys if direction.startswith(("slot", "key")) else sizes.queries,
+    )

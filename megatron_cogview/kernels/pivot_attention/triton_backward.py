@@ -1,10 +1,10 @@
 """Gradients of three-region attention in three kernels without atomics: two runs agree bit for bit.
 
 1. A program owns a tile of queries: their gradients, and the row sums that the others need.
-2. A program owns a tile of slots: gradients of text and pivots from queries whose window lies
-   behind them, in fp32, packed.
-3. A program owns a tile of keys: starts from the packed gradients of its own slots and adds those
-   from queries that see it in their window, so each gradient is rounded once.
+2. A program owns a tile of slots and a part of the queries: gradients of text and pivots from
+   queries whose window lies behind them, in fp32, packed.
+3. A program owns a tile of keys: starts from the packed gradients of its own slots, part by part,
+   and adds those from queries that see it in their window, so each gradient is rounded once.
 
 Letters: M queries of a tile, N keys of a tile, D head dim (padded to a power of two).
 """
@@ -20,6 +20,7 @@ from megatron_cogview.kernels.pivot_attention.launch import (
     arguments,
     as_sequence_first,
     launch,
+    num_parts,
     num_query_tiles,
     num_tiles,
     readable,
@@ -181,7 +182,8 @@ def slot_gradient_kernel(
     DROPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of slots from queries whose window lies behind them: fp32, packed."""
+    """Gradients of a tile of slots from a part of the queries whose window lies behind them: fp32,
+    packed."""
     sample, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     stream = (seed, batch_offset + sample, head_offset + head, threshold)
     wide_sample, wide_head = sample.to(tl.int64), head.to(tl.int64)
@@ -195,22 +197,27 @@ def slot_gradient_kernel(
     shift = num_keys - num_queries
     # The first query of any block whose window lies behind the first of these keys.
     begin = (tl.min(key_N, 0) // WINDOW + BLOCKS) * WINDOW
+    begin = tl.maximum(begin, shift) // BM * BM
+    part, num_parts = tl.program_id(2), tl.num_programs(2)
+    # Nothing if begin lies behind all queries, as it does for empty slots.
+    size = tl.cdiv(tl.maximum(tl.cdiv(num_keys - begin, BM), 0), num_parts) * BM
+    begin += part * size
     grad_k_ND, grad_v_ND = add_key_gradients(
         tl.zeros([BN, BLOCK_D], tl.float32), tl.zeros([BN, BLOCK_D], tl.float32),
-        k_ND, v_ND, key_N, tl.maximum(begin, shift) // BM * BM, num_keys,
+        k_ND, v_ND, key_N, begin, tl.minimum(begin + size, num_keys),
         q + wide_sample * q_b + wide_head * q_n, d_out + here * D, lse + here * num_queries,
         delta + here * num_queries, q_s, num_samples * num_heads * D, shift, num_queries, 0, 0,
         scale, bias, root, keep_scale, stream,
         WINDOW, BLOCKS, True, PADDED, DROPPED, BM, D, BLOCK_D,
     )  # fmt: skip
-    here *= num_slots * D
+    here = (here + part.to(tl.int64) * num_samples * num_heads) * num_slots * D
     store_rows(packed_k + here, slot_N, D, is_key_N, grad_k_ND, D, BLOCK_D)
     store_rows(packed_v + here, slot_N, D, is_key_N, grad_v_ND, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "batch_offset", "head_offset"])
 def key_gradient_kernel(
-    q, k, v, d_out, lse, delta, slot_of_key, packed_k, packed_v, d_k, d_v, padding,
+    q, k, v, d_out, lse, delta, slot_of_key, packed_k, packed_v, d_k, d_v, num_parts, padding,
     q_b, q_n, q_s, k_b, k_n, k_s, num_samples, num_heads, num_queries, num_keys, num_slots,
     scale, bias, root, seed, threshold, keep_scale, batch_offset, head_offset,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
@@ -228,14 +235,15 @@ def key_gradient_kernel(
     at = wide_sample * k_b + wide_head * k_n
     k_ND = load_rows(k + at, key_N, k_s, is_key_N, D, BLOCK_D)
     v_ND = load_rows(v + at, key_N, k_s, is_key_N, D, BLOCK_D)
+    grad_k_ND = tl.zeros([BN, BLOCK_D], tl.float32)
+    grad_v_ND = tl.zeros([BN, BLOCK_D], tl.float32)
     if SLOTS:
         slot_N = tl.load(slot_of_key + wide_sample * num_keys + key_N, mask=is_key_N, other=-1)
         packed = here * num_slots * D
-        grad_k_ND = load_rows(packed_k + packed, slot_N, D, slot_N >= 0, D, BLOCK_D)
-        grad_v_ND = load_rows(packed_v + packed, slot_N, D, slot_N >= 0, D, BLOCK_D)
-    else:
-        grad_k_ND = tl.zeros([BN, BLOCK_D], tl.float32)
-        grad_v_ND = tl.zeros([BN, BLOCK_D], tl.float32)
+        for _ in range(num_parts):
+            grad_k_ND += load_rows(packed_k + packed, slot_N, D, slot_N >= 0, D, BLOCK_D)
+            grad_v_ND += load_rows(packed_v + packed, slot_N, D, slot_N >= 0, D, BLOCK_D)
+            packed += tl.cast(num_samples, tl.int64) * num_heads * num_slots * D
     pad_begin, pad_end = load_padding(padding, sample, PADDED)
     shift = num_keys - num_queries
     last_key = tl.minimum(first_key + BN, num_keys) - 1
@@ -281,13 +289,11 @@ def backward(
     d_q_BNSD = sequence_first(q_BNSD.shape, dtype, device)
     d_k_BNKD, d_v_BNKD = (sequence_first(k_BNKD.shape, dtype, device) for _ in range(2))
     delta_BNS = unwritten((batch, heads, num_queries), torch.float32, device)
-    packed = (batch, heads, num_slots, head_dim)
-    packed_k, packed_v = (unwritten(packed, torch.float32, device) for _ in range(2))
     qkv = (q_BNSD, k_BNKD, v_BNKD)
     rows = (d_out_BNSD, lse_BNS, delta_BNS)
 
     def rest(direction: str) -> dict[str, Any]:
-        sizes = launch(direction, head_dim, dtype, settings.dropout > 0)
+        sizes = launch(direction, q_BNSD, settings.dropout > 0, padding_B2 is not None)
         given = arguments(q_BNSD, k_BNKD, plan, padding_B2, settings, sizes)
         return {**given, "root": head_dim**-0.5}
 
@@ -297,12 +303,17 @@ def backward(
             *qkv, out_BNSD, *rows, d_q_BNSD, plan.slots_BP, plan.slots_before_BK, **given
         )
         given = rest("slot_gradient")
+        tiles = num_tiles(num_slots, given["BN"])
+        parts = num_parts(tiles * programs, num_tiles(num_queries, given["BM"]))
+        packed = (parts, batch, heads, num_slots, head_dim)
+        packed_k, packed_v = (unwritten(packed, torch.float32, device) for _ in range(2))
         if num_slots > 0:
-            slot_gradient_kernel[(num_tiles(num_slots, given["BN"]), programs)](
+            slot_gradient_kernel[(tiles, programs, parts)](
                 *qkv, *rows, plan.slots_BP, packed_k, packed_v, **given
             )
         given = rest("key_gradient")
         key_gradient_kernel[(num_tiles(num_keys, given["BN"]), programs)](
-            *qkv, *rows, plan.slot_of_key_BK, packed_k, packed_v, d_k_BNKD, d_v_BNKD, **given
+            *(*qkv, *rows, plan.slot_of_key_BK, packed_k, packed_v, d_k_BNKD, d_v_BNKD, parts),
+            **given,
         )
     return d_q_BNSD, d_k_BNKD, d_v_BNKD

@@ -27,6 +27,7 @@ from megatron_cogview.kernels.scaled_layer_norm.triton import (
     row_statistics,
     row_warps,
     through_norm,
+    tuned_warps,
 )
 from megatron_cogview.kernels.triton_support import Shipped
 
@@ -197,7 +198,8 @@ def forward(
     _forward[(M,)](
         h_MN, bias_N, residual_MN, end_weight_N, end_bias_N, next_weight_N, next_bias_N,
         z_MN, n_MN, statistics_KM, M, epsilon, seed, drop_threshold(dropout), 1 / (1 - dropout),
-        N, relax_end, relax_next, dropout > 0, block_columns(N), num_warps=row_warps(N),
+        N, relax_end, relax_next, dropout > 0, block_columns(N),
+        num_warps=tuned_warps("sandwich_junction.forward", N),
     )  # fmt: skip
     return z_MN, n_MN, statistics_KM
 
@@ -230,7 +232,9 @@ def backward(
     has_next = dn_MN is not None
     dx_MN = empty((M, N) if has_next else (0, N), z_MN.dtype, h_MN.device)
     dh_MN = empty((M, N), h_MN.dtype, h_MN.device)
-    warps = _backward_warps(N, h_MN.dtype != z_MN.dtype)
+    mixed = h_MN.dtype != z_MN.dtype
+    name = f"sandwich_junction.backward{'.mixed' if mixed else ''}"
+    warps = tuned_warps(name, N, _backward_elements(mixed))
     programs = backward_programs(M, warps, h_MN.device)
     sums = 5 if has_next else 3
     partial_PKN = empty((programs, sums, N), torch.float32, h_MN.device)
@@ -243,8 +247,8 @@ def backward(
     return dx_MN, dh_MN, partial_PKN.sum(0)
 
 
-def _backward_warps(columns: int, mixed: bool) -> int:
-    return row_warps(columns, _MIXED_BACKWARD_ELEMENTS if mixed else _BACKWARD_ELEMENTS)
+def _backward_elements(mixed: bool) -> int:
+    return _MIXED_BACKWARD_ELEMENTS if mixed else _BACKWARD_ELEMENTS
 
 
 def shipped() -> Iterator[Shipped]:
@@ -287,7 +291,7 @@ def _shipped_backward(
 ) -> Shipped:
     constants = {"N": columns, "K": 5 if has_next else 3, "DROPOUT": dropout, "STAGES": STAGES}
     absent = () if has_next else ("dn_MN", "next_weight_N")
-    warps = _backward_warps(columns, branch != residual)
+    warps = row_warps(columns, _backward_elements(branch != residual))
     return _shipped(_backward, warps, constants, absent, branch, residual, most)
 
 

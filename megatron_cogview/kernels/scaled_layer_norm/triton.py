@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from megatron_cogview.kernels.triton_support import Shipped, num_multiprocessors
+from megatron_cogview.kernels.tuning import tuned
 
 MOST_COLUMNS = 8192
 """A wider row no longer fits the registers of one program."""
@@ -157,7 +158,7 @@ def forward(
     statistics_2M = empty((2, M), torch.float32, x_MN.device)
     _forward[(M,)](
         x_MN, weight_N, bias_N, divisor_1, y_MN, statistics_2M, M, epsilon,
-        N, token_max, block_columns(N), num_warps=row_warps(N),
+        N, token_max, block_columns(N), num_warps=tuned_warps("scaled_layer_norm.forward", N),
     )  # fmt: skip
     return y_MN, statistics_2M
 
@@ -177,7 +178,7 @@ def backward(
     """
     M, N = x_MN.shape
     dx_MN = empty((M, N), x_MN.dtype, x_MN.device)
-    warps = row_warps(N)
+    warps = tuned_warps("scaled_layer_norm.backward", N)
     programs = backward_programs(M, warps, x_MN.device)
     partial_P2N = empty((programs, 2, N), torch.float32, x_MN.device)
     _backward[(programs,)](
@@ -196,6 +197,12 @@ def block_columns(columns: int) -> int:
 def row_warps(columns: int, elements: int = ELEMENTS_PER_THREAD) -> int:
     """Warps of a program that holds one row, so many elements of it in a thread."""
     return min(16, max(1, block_columns(columns) // (32 * elements)))
+
+
+def tuned_warps(kernel: str, columns: int, elements: int = ELEMENTS_PER_THREAD) -> int:
+    """Warps of a program that holds one row, measured ones if there are some."""
+    name = f"{kernel}.N{block_columns(columns)}"
+    return tuned(name, (row_warps(columns, elements),))[0]
 
 
 def backward_programs(rows: int, warps: int, device: torch.device) -> int:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 
 import megatron_cogview
+from megatron_cogview.analysis.kernel_speed.tables import REHEARSAL
+from megatron_cogview.analysis.timing import nvidia_smi
 from megatron_cogview.configs.errors import ConfigError
+from megatron_cogview.kernels.tuning import sizes_in_use
 from megatron_cogview.storage.atomic import write_text
 from megatron_cogview.testing.gpu_check.rows import Outcome
 
-REHEARSAL = "CPU REHEARSAL, NOT A RESULT"
+Sections = Callable[[Sequence[Outcome]], str]
 ROOT = Path(megatron_cogview.__file__).resolve().parents[1]
-_CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -31,11 +34,12 @@ def environment(device: torch.device) -> dict[str, str]:
     with_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if with_cuda else REHEARSAL,
-        "driver": _nvidia_smi("driver_version") if with_cuda else "none",
+        "driver": nvidia_smi("driver_version") if with_cuda else "none",
         "cuda": str(torch.version.cuda),
-        "clocks_at_start": _nvidia_smi(_CLOCKS) if with_cuda else "none",
+        "clocks_at_start": nvidia_smi() if with_cuda else "none",
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "kernel_sizes": sizes_in_use(),
         "megatron_core": _version("megatron-core"),
         "python": platform.python_version(),
         "megatron_cogview": megatron_cogview.__version__,
@@ -60,14 +64,6 @@ def _commit(root: Path) -> str:
     return f"{commit or 'unknown'}{' with uncommitted changes' if changed else ''}"
 
 
-def _nvidia_smi(fields: str) -> str:
-    """One line of ``nvidia-smi --query-gpu`` for the first visible device."""
-    if shutil.which("nvidia-smi") is None:
-        return "unknown: no nvidia-smi"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    return (_output(query) or "unknown").splitlines()[0]
-
-
 def _output(command: list[str]) -> str:
     """Standard output of a command; empty when it fails."""
     try:
@@ -84,13 +80,20 @@ class Report:
         folder: created if need be.
         part: name of the part.
         about: of :func:`environment`; the first line of the JSON file.
+        sections: makes more Markdown of the outcomes, below the table.
 
     Raises:
         ConfigError: the folder already holds results of this part.
     """
 
-    def __init__(self, folder: Path, part: str, about: dict[str, str]) -> None:
-        self.part, self.about = part, about
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        about: dict[str, str],
+        sections: Sections | None = None,
+    ) -> None:
+        self.part, self.about, self.sections = part, about, sections
         self.outcomes: list[Outcome] = []
         folder.mkdir(parents=True, exist_ok=True)
         self.lines, self.table = folder / f"{part}.jsonl", folder / f"{part}.md"
@@ -103,10 +106,13 @@ class Report:
         """Append one row, on the disk when this returns, and write the table anew."""
         entry = outcome.to_dict()
         if torch.cuda.is_available():
-            entry["clocks_after"] = _nvidia_smi(_CLOCKS)
+            entry["clocks_after"] = nvidia_smi()
         self._append(entry)
         self.outcomes.append(outcome)
-        write_text(self.table, markdown(self.part, self.about, self.outcomes))
+        text = markdown(self.part, self.about, self.outcomes)
+        if self.sections is not None:
+            text += "\n" + self.sections(self.outcomes)
+        write_text(self.table, text)
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.lines.open("a", encoding="utf-8") as file:
@@ -126,7 +132,12 @@ def markdown(part: str, about: dict[str, str], outcomes: list[Outcome]) -> str:
     title = f"figures ({REHEARSAL})" if rehearsal else "figures"
     lines += ["", f"| row | status | seconds | {title} |", "|---|---|---:|---|"]
     for o in outcomes:
-        text = "; ".join(f"{name} {_number(value)}" for name, value in o.figures.items())
+        text = "; ".join(
+            f"{name} {_number(value)}"
+            for name, value in o.figures.items()
+            # What has parts is for the JSON file and for sections.
+            if not isinstance(value, dict | list)
+        )
         status = f"{o.status}: {o.message}" if o.message else o.status
         lines.append(f"| {_cell(o.row)} | {_cell(status)} | {o.seconds:.1f} | {_cell(text)} |")
     return "\n".join(lines) + "\n"

@@ -19,6 +19,19 @@ class Skip(Exception):
     """Raised by a row that cannot run here; its text is the reason."""
 
 
+class Failed(Exception):
+    """Raised by a row that failed and has figures to show none the less.
+
+    Args:
+        message: what is wrong.
+        figures: as :class:`Row` gives them.
+    """
+
+    def __init__(self, message: str, figures: Figures) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One line of the result table."""
@@ -104,6 +117,8 @@ def _run_one(
         return outcome("ok", dict(row.run(remaining)))
     except Skip as reason:
         return outcome("skipped", {}, str(reason))
+    except Failed as error:
+        return outcome("failed", dict(error.figures), str(error))
     except Exception as error:
         # Whatever a row does wrong must not cost the rows after it.
         logger.exception("%s failed", row.name)

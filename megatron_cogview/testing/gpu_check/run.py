@@ -23,7 +23,8 @@ def run_part(part: Part, output: Path, budget_s: float, device_name: Literal["cu
 
     Args:
         part: which rows.
-        output: folder for ``PART.jsonl`` and ``PART.md``; must not hold them yet.
+        output: folder for ``PART.jsonl`` and ``PART.md``, which it must not hold yet, and for
+            ``kernels.png``.
         budget_s: seconds for all rows.
         device_name: ``cpu`` rehearses at micro shapes and labels the table so.
 
@@ -35,10 +36,16 @@ def run_part(part: Part, output: Path, budget_s: float, device_name: Literal["cu
     """
     if budget_s <= 0:
         raise refuse("--budget-seconds", budget_s, "must be positive")
-    device = resolve_device(device_name)
+    device, is_kernels = resolve_device(device_name), part == "kernels"
     cpu_backend.install()
-    report = Report(output, part, environment(device))
-    outcomes = run_rows(rows_of(part, device, output), budget_s, report.record, _free_memory)
+    about = environment(device)
+    report = Report(output, part, about, kernels.sections_for(device) if is_kernels else None)
+    try:
+        outcomes = run_rows(rows_of(part, device, output), budget_s, report.record, _free_memory)
+    finally:
+        # Also of a part that is stopped.
+        if is_kernels:
+            kernels.save_picture(report.outcomes, output / "kernels.png", about["device"])
     logger.info("%s", report.table)
     return exit_code(outcomes)
 
@@ -66,8 +73,7 @@ def rows_of(part: Part, device: torch.device, output: Path) -> list[Row]:
     if part == "tests":
         return suites.suite_rows(device, output)
     if part == "kernels":
-        sizes = kernels.Sizes.micro() if micro else kernels.Sizes()
-        return kernels.kernel_rows(device, sizes)
+        return kernels.kernel_rows(device)
     if part == "training":
         cases = training.micro_cases() if micro else training.gpu_cases()
         return training.training_rows(device, cases, 32 if micro else 8192)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_cogview.analysis.timing import gemm_tflops
 from megatron_cogview.analysis.training_speed.shapes import fitted, write_random_shards
 from megatron_cogview.configs.budget import flops_per_token
 from megatron_cogview.configs.errors import ConfigError
@@ -22,7 +23,6 @@ from megatron_cogview.parallel import topology
 from megatron_cogview.parallel.seeding import seed_initialization, seed_step
 from megatron_cogview.testing.gpu_check.rows import Figures, Row, Skip
 from megatron_cogview.testing.gpu_check.synthetic import micro_run
-from megatron_cogview.testing.gpu_check.timing import gemm_tflops
 from megatron_cogview.tokenization.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)

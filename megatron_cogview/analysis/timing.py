@@ -1,13 +1,19 @@
-"""Times and peak memory of single operations.  Knows nothing of what they compute."""
+"""Times and peak memory of single operations, and clocks.  Knows nothing of what they compute."""
 
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
 Operation = Callable[[], object]
-_FLUSH_BYTES = 256 * 2**20
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+"""What ``nvidia-smi`` is asked beside a measurement."""
+_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 8
+"""Several writes, so that the device is still busy when the host has launched an operation of many
+small kernels: their time, and not the host's, lies between the events."""
 
 
 def median_ms(
@@ -16,8 +22,8 @@ def median_ms(
     """Median milliseconds of each operation over ``rounds`` interleaved runs.
 
     One after the other in every round, so that a change of clocks meets all of them alike.  On
-    CUDA the time is between two events, and a large write before each run empties the L2 cache and
-    keeps the device busy while the host launches.  Two runs of each go before, unmeasured.
+    CUDA the time is between two events, and large writes before each run empty the L2 cache and
+    keep the device busy while the host launches.  Two runs of each go before, unmeasured.
     """
     for operation in operations.values():
         operation()
@@ -35,7 +41,8 @@ def _cuda_round(operations: Mapping[str, Operation], device: torch.device) -> di
     pairs = {}
     for name, operation in operations.items():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        for _ in range(_FLUSHES):
+            flush.zero_()
         start.record()
         operation()
         end.record()
@@ -73,9 +80,13 @@ def gemm_tflops(side: int, device: torch.device, rounds: int) -> float:
     return 2 * side**3 / times["gemm"] / 1e9
 
 
-def copy_gb_per_s(num_bytes: int, device: torch.device, rounds: int) -> float:
-    """Rate of a device copy in 10^9 bytes per second, bytes read and written both counted."""
-    source = torch.ones(num_bytes // 2, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    times = median_ms({"copy": lambda: target.copy_(source)}, device, rounds)
-    return 2 * num_bytes / times["copy"] / 1e6
+def nvidia_smi(fields: str = CLOCKS) -> str:
+    """One line of ``nvidia-smi --query-gpu`` for the first visible device."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: no nvidia-smi"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return ((done.stdout.strip() if done.returncode == 0 else "") or "unknown").splitlines()[0]
