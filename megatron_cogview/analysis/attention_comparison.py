@@ -9,7 +9,8 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.presets import preset
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.dataset import TokenDataset
+from megatron_cogview.data.shard_set import ShardSet
 from megatron_cogview.kernels.pivot_attention.reference import visible_keys
 from megatron_cogview.storage.atomic import replacing, write_text
+from megatron_cogview.tokenization.layout import SequenceLayout
 from megatron_cogview.training.metrics import read_metrics
 
 KINDS = ("dense", "pivot")
 SMOOTHED_OVER = 25
 """Rows of the running mean in the plot."""
+_MEASURED = 256
+"""Records whose texts are looked at."""
 END_SHARE = 0.1
 """Part of the steps, at the end, that final losses are means over."""
 
@@ -54,39 +60,55 @@ def setting(name: str, tokens: Path, steps: int, attention: AttentionConfig) -> 
     )
 
 
-def compare(shared: RunConfig, output: Path, text_length: int) -> dict[str, Any]:
+def compare(shared: RunConfig, output: Path) -> dict[str, Any]:
     """Train both, and write ``attention.png``, ``comparison.json`` and ``comparison.md``.
 
     Args:
         shared: the run with three-region attention.
         output: a folder for each run goes there, and the results.
-        text_length: tokens of a text, for the share of keys that is seen.
 
     Raises:
+        ConfigError, DataError: the shards cannot be read, or do not fit the model.
         TrainingError: one of the runs ended in an error.
         DataError: the runs have other steps than they should.
     """
+    share = keys_seen(shared, text_regions(shared))
     runs = {kind: _trained(shared, kind, output / kind) for kind in KINDS}
     steps = {kind: [row["step"] for row in rows if "loss" in row] for kind, rows in runs.items()}
     if steps["dense"] != steps["pivot"]:
         raise DataError(f"{output}: the runs have different steps; name an empty folder")
     results = {
-        "keys_seen": keys_seen(shared, text_length),
+        "keys_seen": share,
+        "attention": asdict(shared.model.attention),
         "steps": shared.training.steps,
         **{kind: _summary(rows) for kind, rows in runs.items()},
     }
     write_text(output / "comparison.json", json.dumps(results, indent=1) + "\n")
     write_text(output / "comparison.md", table(results))
-    figure = draw({kind: curve(rows, "loss") for kind, rows in runs.items()}, results)
+    figure = draw(runs, share)
     with replacing(output / "attention.png") as file:
         figure.savefig(file, format="png", dpi=120)
     return results
 
 
-def keys_seen(config: RunConfig, text_length: int, samples: int = 16) -> float:
-    """Share of the causal (query, key) pairs that three-region attention computes."""
-    a, length = config.model.attention, config.sequence.model_length
-    key_B2 = torch.tensor([[sample, text_length] for sample in range(samples)])
+def text_regions(config: RunConfig) -> list[int]:
+    """Tokens before the first code, of records spread evenly over the shards."""
+    sets = [ShardSet(Path(folder)) for folder in config.data.shards]
+    dataset = TokenDataset(sets, SequenceLayout(config.sequence, config.model.vocab))
+    records = np.linspace(0, len(dataset) - 1, min(_MEASURED, len(dataset)), dtype=np.int64)
+    found: list[int] = dataset.sequences(records).text_region_N.tolist()
+    return found
+
+
+def keys_seen(config: RunConfig, text_regions: Sequence[int]) -> float:
+    """Share of the causal (query, key) pairs that three-region attention computes.
+
+    Args:
+        config: model and sequence.
+        text_regions: tokens before the first code of each sample.
+    """
+    a, length, samples = config.model.attention, config.sequence.model_length, len(text_regions)
+    key_B2 = torch.tensor(list(enumerate(text_regions)))
     seen = [
         visible_keys(
             key_B2,
@@ -157,21 +179,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(curves: dict[str, NDArray[np.float64]], results: dict[str, Any]) -> Figure:
-    """Both curves, as running means above the single steps."""
+def draw(runs: Mapping[str, list[dict[str, float]]], keys_share: float) -> Figure:
+    """Both curves: running means above the single steps, and validation as dots.
+
+    The axis of losses is logarithmic, so that equal ratios look equal at the end too.
+    """
     labels = {
         "dense": "dense causal attention",
-        "pivot": f"three-region attention ({100 * results['keys_seen']:.0f} % of the keys)",
+        "pivot": f"three-region attention ({100 * keys_share:.0f} % of the keys)",
     }
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for kind, colour in zip(KINDS, ("tab:blue", "tab:orange"), strict=True):
-        step, value = curves[kind].T
+        step, value = curve(runs[kind], "loss").T
         axes.plot(step, value, color=colour, alpha=0.2, linewidth=0.7)
         size = min(SMOOTHED_OVER, len(value))
         mean = np.convolve(value, np.ones(size) / size, mode="valid")
-        axes.plot(step[size - 1 :], mean, color=colour, label=labels[kind])
-    axes.set(xlabel="step", ylabel="training loss", title="The same run with both attentions")
+        axes.plot(step[size - 1 :], mean, color=colour, linewidth=1.2, label=labels[kind])
+        validation = curve(runs[kind], "validation_loss")
+        if len(validation):
+            size = 8 if kind == "dense" else 4
+            axes.plot(*validation.T, "o", color=colour, markersize=size, label="its validation")
+    axes.set(xlabel="step", ylabel="loss", title="The same run with both attentions")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.1g}")
     axes.legend()
-    axes.grid(alpha=0.3)
+    axes.grid(which="both", alpha=0.3)
     return figure

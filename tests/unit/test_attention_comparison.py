@@ -6,13 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cogview.analysis.attention_comparison import compare, curve, keys_seen, setting, table
+from megatron_cogview.analysis.attention_comparison import (
+    compare,
+    curve,
+    keys_seen,
+    setting,
+    table,
+    text_regions,
+)
 from megatron_cogview.configs.errors import DataError, TrainingError
 from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.data.shards import shard_name
+from megatron_cogview.testing.toy_run import toy_config, write_tokens
 
 SPARSE = AttentionConfig(kind="pivot", window_block=4, window_blocks=2, num_pivots=22)
 
@@ -29,10 +39,26 @@ def test_share_of_keys() -> None:
     for query in range(length):
         window = set(range(max(0, query // 4 * 4 - 4), query + 1))
         pairs += len(window | {key for key in range(16) if key <= query})
-    assert keys_seen(config, 16, samples=2) == pytest.approx(pairs / (length * (length + 1) / 2))
-    assert keys_seen(shared(replace(SPARSE, window_blocks=99)), 16, samples=2) == 1.0
-    # What tools/compare_attention.py takes by default.
-    assert 0.4 < keys_seen(shared(), 16) < 0.5
+    assert keys_seen(config, [16, 16]) == pytest.approx(pairs / (length * (length + 1) / 2))
+    assert keys_seen(shared(replace(SPARSE, window_blocks=99)), [16, 16]) == 1.0
+    # A longer text is seen by more queries.
+    short, long = (keys_seen(shared(), [text] * 4) for text in (9, 14))
+    assert keys_seen(shared(), [9, 14] * 2) == pytest.approx((short + long) / 2, rel=0.02)
+    assert short < long < 0.5
+
+
+def on_shards(folder: Path) -> RunConfig:
+    """A run on random records, of which the first epoch's are all looked at."""
+    write_tokens(folder / "tokens")
+    config = toy_config(folder / "tokens", folder / "run", steps=60)
+    return replace(config, model=replace(config.model, attention=SPARSE))
+
+
+def test_texts_are_those_of_the_shards(tmp_path: Path) -> None:
+    config = on_shards(tmp_path)
+    records = np.load(tmp_path / "tokens" / shard_name(0))
+    # [ROI1], the text, [BASE], [BOI1].
+    assert text_regions(config) == [int(n) + 3 for n in records["text_length"]]
 
 
 class Trainings:
@@ -62,7 +88,7 @@ def test_two_runs_that_differ_in_attention_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainings = Trainings(monkeypatch, {"dense": 60, "pivot": 60})
-    results = compare(shared(), tmp_path, 16)
+    results = compare(on_shards(tmp_path), tmp_path)
     dense, pivot = trainings.configs["dense"], trainings.configs["pivot"]
     assert dense.model.attention == replace(pivot.model.attention, kind="dense")
     assert replace(pivot.model, attention=dense.model.attention) == dense.model
@@ -81,12 +107,12 @@ def test_two_runs_that_differ_in_attention_alone(
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainings = Trainings(monkeypatch, {"dense": 60, "pivot": 59})
+    trainings, config = Trainings(monkeypatch, {"dense": 60, "pivot": 59}), on_shards(tmp_path)
     with pytest.raises(DataError, match="different steps"):
-        compare(shared(), tmp_path, 16)
+        compare(config, tmp_path)
     trainings.code = 1
     with pytest.raises(TrainingError, match=r"dense\.json: its training ended with exit code 1"):
-        compare(shared(), tmp_path, 16)
+        compare(config, tmp_path)
 
 
 def test_rows_without_a_number_are_left_out() -> None:
