@@ -17,10 +17,11 @@ from tests.parallel.cases import LR, PIVOT, micro_batches, run_config, small_mod
 SAMPLES = 2
 
 
-def model(kind: str, backend: Any, dropout: float) -> ModelConfig:
-    """Four layers with every kernel, and PB-relax on all norms."""
+def model(kind: str, backend: Any, dropout: float, num_layers: int) -> ModelConfig:
+    """Layers with every kernel, and PB-relax on all norms."""
     attention = PIVOT if kind == "pivot" else AttentionConfig()
     return small_model(
+        num_layers=num_layers,
         attention=replace(attention, backend=backend),
         norm=NormConfig(backend=backend, relax_scope="all"),
         hidden_dropout=dropout,
@@ -40,7 +41,8 @@ def step(arguments: dict[str, Any]) -> dict[str, Any]:
         topology = initialize(parallel)
         backend, dropout = settings["backend"], settings.get("dropout", 0.0)
         base = run_config("paper", parallel, settings["micro_batch"], SAMPLES)
-        config = replace(base, model=model(settings["kind"], backend, dropout))
+        layers = settings.get("layers", 4)
+        config = replace(base, model=model(settings["kind"], backend, dropout, layers))
         config.check_layout(topology.world_size)
         engine, result, taken = _trained(config, topology)
         tensors = {f"gradient.{k}": v for k, v in fixtures.gradients(engine).items()}

@@ -31,7 +31,10 @@ ALONE = {
     "dense": layout("dense", "reference"),
     "pivot": layout("pivot", "reference"),
     "pivot, one process": layout("pivot"),
+    "no dropout": {**layout("pivot", "reference", micro_batch=1), "layers": 2},
 }
+ON_KERNELS = ["pivot, one process"]
+"""Of those, to be compared with the others."""
 PAIRS = {
     "dense, tensor and sequence": layout("dense", tensor=2, sequence=True),
     "pivot, tensor": layout("pivot", tensor=2),
@@ -50,6 +53,7 @@ DROPPED = {
     f"dropout, {recompute}": {
         **layout("pivot", micro_batch=1, pipeline=2, recompute=recompute),
         "dropout": 0.1,
+        "layers": 2,
     }
     for recompute in ("none", "full")
 }
@@ -61,8 +65,8 @@ MADE_AHEAD = {
     # Inside layers only; in each micro-batch twice, because all is computed again.
     "pivot, pipeline, full recompute": [8, 8],
     "pivot, parameters collected late": [0, 0],
-    # Two layers a stage; the second stage has the final norm.
-    "dropout, none": [6, 8],
+    # One layer a stage, in two micro-batches; the second stage has the final norm.
+    "dropout, none": [2, 4],
 }
 
 CHOICES = [(kind, backend) for kind in ("dense", "pivot") for backend in ("reference", "triton")]
@@ -85,7 +89,7 @@ def results(folder: Path) -> dict[str, Any]:
     return {**alone, **pairs, "presets": presets}
 
 
-@pytest.mark.parametrize("name", [*list(ALONE)[2:], *PAIRS])
+@pytest.mark.parametrize("name", [*ON_KERNELS, *PAIRS])
 def test_losses_gradients_and_weights(name: str, folder: Path, results: dict[str, Any]) -> None:
     kind = name.split(",")[0]
     assert results[name]["losses"] == pytest.approx(results[kind]["losses"], rel=BOUND)
@@ -108,7 +112,7 @@ def test_recomputation_draws_the_same_dropout(folder: Path, results: dict[str, A
     plain, again = (load_file(folder / f"{name}.safetensors") for name in DROPPED)
     losses = [results[name]["losses"][:3] for name in DROPPED]
     assert losses[0] == losses[1]
-    assert losses[0][0] != pytest.approx(results["pivot"]["losses"][0], rel=1e-3)
+    assert losses[0][0] != pytest.approx(results["no dropout"]["losses"][0], rel=1e-3)
     for key, tensor in plain.items():
         if not key.endswith("linear_qkv.bias"):
             assert relative_rms(again[key], tensor) < 1e-6, key
