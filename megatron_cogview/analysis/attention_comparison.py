@@ -19,7 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from megatron_cogview.configs.errors import DataError, TrainingError
+from megatron_cogview.analysis.machine import machine
+from megatron_cogview.configs.errors import DataError, TrainingError, refuse
 from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.configs.parallel import ParallelConfig
 from megatron_cogview.configs.presets import preset
@@ -27,6 +28,7 @@ from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.dataset import TokenDataset
 from megatron_cogview.data.shard_set import ShardSet
 from megatron_cogview.kernels.pivot_attention.reference import visible_keys
+from megatron_cogview.model.kernel_choice import current_device, effective_attention
 from megatron_cogview.storage.atomic import replacing, write_text
 from megatron_cogview.tokenization.layout import SequenceLayout
 from megatron_cogview.training.metrics import read_metrics
@@ -68,20 +70,31 @@ def compare(shared: RunConfig, output: Path) -> dict[str, Any]:
         output: a folder for each run goes there, and the results.
 
     Raises:
-        ConfigError, DataError: the shards cannot be read, or do not fit the model.
+        ConfigError: ``auto`` would take dense attention for both; or the shards do not fit.
+        DataError: the shards cannot be read, or the runs have other steps than they should.
         TrainingError: one of the runs ended in an error.
-        DataError: the runs have other steps than they should.
     """
+    length = shared.sequence.model_length
+    if effective_attention(shared.model.attention, length).kind == "dense":
+        raise refuse(
+            "attention.backend",
+            shared.model.attention.backend,
+            f"takes dense attention for these regions at {length} tokens, where they save little; "
+            "choose reference or triton, or a smaller window",
+        )
     share = keys_seen(shared, text_regions(shared))
     runs = {kind: _trained(shared, kind, output / kind) for kind in KINDS}
     steps = {kind: [row["step"] for row in rows if "loss" in row] for kind, rows in runs.items()}
     if steps["dense"] != steps["pivot"]:
         raise DataError(f"{output}: the runs have different steps; name an empty folder")
     results = {
+        **machine(current_device()),
+        "preset": shared.preset,
         "keys_seen": share,
         "attention": asdict(shared.model.attention),
         "steps": shared.training.steps,
         **{kind: _summary(rows) for kind, rows in runs.items()},
+        "course": _course(runs),
     }
     write_text(output / "comparison.json", json.dumps(results, indent=1) + "\n")
     write_text(output / "comparison.md", table(results))
@@ -163,20 +176,55 @@ def _summary(rows: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
+def _course(runs: Mapping[str, list[dict[str, float]]]) -> dict[str, list[list[float]]]:
+    """``[step, dense, three-region]`` of training, tenth by tenth, and of every validation."""
+    training = [curve(runs[kind], "loss") for kind in KINDS]
+    tenths = [np.array_split(each, min(10, len(each))) for each in training]
+    validation = [curve(runs[kind], "validation_loss") for kind in KINDS]
+    return {
+        "loss": [
+            [float(one[-1, 0]), float(one[:, 1].mean()), float(other[:, 1].mean())]
+            for one, other in zip(*tenths, strict=True)
+        ],
+        "validation_loss": [
+            [float(step), float(one), float(other)]
+            for (step, one), (_, other) in zip(*validation, strict=True)
+        ],
+    }
+
+
 def table(results: dict[str, Any]) -> str:
-    """Final losses as Markdown."""
-    names = [name for name in results["dense"] if name in results["pivot"]]
+    """What was compared, on what, final losses and their course, as Markdown."""
+    a = results["attention"]
+    regions = f"W {a['window_block']}, T {a['window_blocks']}, P {a['num_pivots']}"
+    about = ("device", "threads", "python", "torch", "commit", "preset")
     lines = [
-        f"{results['steps']:,} steps; three-region attention sees "
-        f"{100 * results['keys_seen']:.1f} % of the causal keys.",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {results[name]} |" for name in about),
+        f"| steps | {results['steps']:,} |",
+        f"| three regions | {regions}: {100 * results['keys_seen']:.1f} % of the causal pairs |",
         "",
-        "| loss | dense | three-region | difference |",
+        "| loss at the end | dense | three-region | difference |",
         "|---|---:|---:|---:|",
     ]
-    for name in names:
-        dense, pivot = results["dense"][name], results["pivot"][name]
-        lines.append(f"| {name} | {dense:.4f} | {pivot:.4f} | {100 * (pivot / dense - 1):+.2f} % |")
+    names = [name for name in results["dense"] if name in results["pivot"]]
+    lines += [_compared(name, results["dense"][name], results["pivot"][name]) for name in names]
+    for name, rows in results["course"].items():
+        lines += [
+            "",
+            f"| {name}, step | dense | three-region | difference |",
+            "|---|---:|---:|---:|",
+        ]
+        lines += [_compared(f"{step:,.0f}", dense, pivot) for step, dense, pivot in rows]
+        if rows:
+            mean = sum(pivot / dense - 1 for _, dense, pivot in rows) / len(rows)
+            lines.append(f"| mean of the differences | | | {100 * mean:+.2f} % |")
     return "\n".join(lines) + "\n"
+
+
+def _compared(name: str, dense: float, pivot: float) -> str:
+    return f"| {name} | {dense:.4f} | {pivot:.4f} | {100 * (pivot / dense - 1):+.2f} % |"
 
 
 def draw(runs: Mapping[str, list[dict[str, float]]], keys_share: float) -> Figure:

@@ -18,13 +18,15 @@ from megatron_cogview.analysis.attention_comparison import (
     table,
     text_regions,
 )
-from megatron_cogview.configs.errors import DataError, TrainingError
+from megatron_cogview.configs.errors import ConfigError, DataError, TrainingError
 from megatron_cogview.configs.model import AttentionConfig
 from megatron_cogview.configs.run import RunConfig
 from megatron_cogview.data.shards import shard_name
 from megatron_cogview.testing.toy_run import toy_config, write_tokens
 
 SPARSE = AttentionConfig(kind="pivot", window_block=4, window_blocks=2, num_pivots=22)
+BY_NAME = replace(SPARSE, backend="reference")
+"""At any length."""
 
 
 def shared(attention: AttentionConfig = SPARSE, steps: int = 60) -> RunConfig:
@@ -51,7 +53,7 @@ def on_shards(folder: Path) -> RunConfig:
     """A run on random records, of which the first epoch's are all looked at."""
     write_tokens(folder / "tokens")
     config = toy_config(folder / "tokens", folder / "run", steps=60)
-    return replace(config, model=replace(config.model, attention=SPARSE))
+    return replace(config, model=replace(config.model, attention=BY_NAME))
 
 
 def test_texts_are_those_of_the_shards(tmp_path: Path) -> None:
@@ -100,6 +102,11 @@ def test_two_runs_that_differ_in_attention_alone(
     assert results["dense"]["loss"] == pytest.approx(mean)
     assert results["pivot"]["validation_loss"] == pytest.approx(1.01)
     assert "| validation_loss | 1.0000 | 1.0100 | +1.00 % |" in table(results)
+    assert len(results["course"]["loss"]) == 10
+    step, first, second = results["course"]["loss"][0]
+    assert (step, second - first) == (6, pytest.approx(0.01))
+    assert results["course"]["validation_loss"] == [[60, 1.0, 1.01]]
+    assert results["torch"] in table(results)
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.width > 600
@@ -112,6 +119,15 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.Monkey
         compare(config, tmp_path)
     trainings.code = 1
     with pytest.raises(TrainingError, match=r"dense\.json: its training ended with exit code 1"):
+        compare(config, tmp_path)
+
+
+def test_two_dense_runs_are_not_a_comparison(tmp_path: Path) -> None:
+    """At this length ``auto`` takes dense attention for regions that see nearly everything."""
+    config = on_shards(tmp_path)
+    wide = replace(SPARSE, window_block=16, window_blocks=4, num_pivots=40)
+    config = replace(config, model=replace(config.model, attention=wide))
+    with pytest.raises(ConfigError, match="takes dense attention"):
         compare(config, tmp_path)
 
 
