@@ -51,6 +51,8 @@ class Shipped:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    divisible: tuple[str, ...] = ()
+    """Whole-number arguments that are multiples of 16 at every start, as Triton's JIT would see."""
     most_registers: int
     """Of a thread, on either architecture."""
     most_shared_bytes: int

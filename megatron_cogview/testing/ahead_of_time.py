@@ -7,8 +7,11 @@ tensor-core instructions.  It must be a process without TRITON_INTERPRET, under 
 compiled.  Triton's wheel brings ptxas, cuobjdump and nvdisasm.
 """
 
+import functools
 import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -24,6 +27,8 @@ from megatron_cogview.kernels.triton_support import Shipped
 OPERATIONS = ("sandwich_junction", "scaled_layer_norm", "pivot_attention", "codebook_lookup")
 """Folders of ``kernels/`` whose ``triton.py`` has a function ``shipped()``."""
 
+_PROCESSES = 2
+"""That compile.  Each works on one core."""
 _INSTRUCTIONS = ("HMMA", "HGMMA", "LDL", "STL", "LDGSTS")
 
 
@@ -33,6 +38,12 @@ def shipped() -> Iterator[tuple[str, Shipped]]:
         module = importlib.import_module(f"megatron_cogview.kernels.{operation}.triton")
         for each in module.shipped():
             yield operation, each
+
+
+@functools.cache
+def everything() -> tuple[tuple[str, Shipped], ...]:
+    """:func:`shipped`, to be counted through."""
+    return tuple(shipped())
 
 
 def compiled(each: Shipped, capability: int) -> Any:
@@ -46,17 +57,18 @@ def compiled(each: Shipped, capability: int) -> Any:
     unknown = {name for name in names if name not in each.types and name not in each.constants}
     if unknown:
         raise ValueError(f"{each.kernel.__name__}: no type for {sorted(unknown)}")
-    # Allocations begin at multiples of 16 bytes; nothing is promised of sizes.
-    aligned = {
+    # What the JIT finds out at a start: allocations begin at multiples of 16 bytes, and some numbers
+    # are multiples of 16.  Sizes may or may not be, so nothing is promised of them.
+    hints = {
         (number,): [["tt.divisibility", 16]]
         for number, name in enumerate(names)
-        if types[name].startswith("*")
+        if types[name].startswith("*") or name in each.divisible
     }
     source = ASTSource(
         fn=each.kernel,
         signature=types,
         constexprs={(names.index(name),): value for name, value in each.constants.items()},
-        attrs=aligned,
+        attrs=hints,
     )
     options = {"num_warps": each.num_warps, "num_stages": each.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -83,27 +95,32 @@ def _said(*words: str | Path) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
+def described(number: int, capability: int) -> dict[str, Any]:
+    """What is printed of a kernel, given by its place in :func:`everything`."""
+    operation, each = everything()[number]
+    return {
+        "operation": operation,
+        "kernel": each.kernel.__name__,
+        "capability": capability,
+        "types": dict(each.types),
+        "constants": {name: str(value) for name, value in each.constants.items()},
+        "num_warps": each.num_warps,
+        "num_stages": each.num_stages,
+        "product_rows": each.product_rows,
+        "most_registers": each.most_registers,
+        "most_shared_bytes": each.most_shared_bytes,
+        **inspected(compiled(each, capability)),
+    }
+
+
 def main(capabilities: list[int]) -> None:
-    """Compile everything and print what came out."""
+    """Compile everything and print what came out, in the order of :func:`everything`."""
     if is_interpreted() or os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: interpreted functions cannot be compiled")
-    lines = []
-    for operation, each in shipped():
-        for capability in capabilities:
-            lines.append(
-                {
-                    "operation": operation,
-                    "kernel": each.kernel.__name__,
-                    "capability": capability,
-                    "constants": {name: str(value) for name, value in each.constants.items()},
-                    "num_warps": each.num_warps,
-                    "product_rows": each.product_rows,
-                    "most_registers": each.most_registers,
-                    "most_shared_bytes": each.most_shared_bytes,
-                    **inspected(compiled(each, capability)),
-                }
-            )
-    json.dump(lines, sys.stdout)
+    wanted = list(itertools.product(range(len(everything())), capabilities))
+    # Forked, so that nothing is imported twice: no thread runs yet, and no GPU is in use.
+    with multiprocessing.get_context("fork").Pool(_PROCESSES) as pool:
+        json.dump(pool.starmap(described, wanted, chunksize=1), sys.stdout)
 
 
 if __name__ == "__main__":
