@@ -21,7 +21,10 @@ from megatron_cogview.configs.errors import ConfigError, refuse
 from megatron_cogview.kernels.codebook_lookup.operator import nearest_code
 from megatron_cogview.kernels.dispatch import triton_problem
 from megatron_cogview.kernels.pivot_attention.launch import CANDIDATES
-from megatron_cogview.kernels.pivot_attention.operator import three_region_attention
+from megatron_cogview.kernels.pivot_attention.operator import (
+    dense_attention,
+    three_region_attention,
+)
 from megatron_cogview.kernels.sandwich_junction.operator import sandwich_junction
 from megatron_cogview.kernels.scaled_layer_norm.operator import scaled_layer_norm
 from megatron_cogview.kernels.tuning import Sizes, Trial, made_for, read_sizes, trial
@@ -117,8 +120,10 @@ def tune(
     measure = clock or (lambda calls: median_ms(calls, device, settings.rounds))
     end = time.monotonic() + settings.budget_seconds
     for subject in subjects(shapes or Shapes()):
-        call = subject.make(device)
+        # Within the trial from the start: sizes of a file must not reach what is compared with.
         with trial() as trying:
+            call = subject.make(device)
+            trying.asked.clear()
             expected = call()
             wanted = [k for k in sorted(trying.asked) if k.startswith(settings.only)]
             for kernel in wanted:
@@ -230,11 +235,14 @@ def _said(kernel: str, content: dict[str, Any]) -> str:
 
 def subjects(shapes: Shapes) -> Iterator[Subject]:
     """Every call that starts kernels worth tuning, the dearest first."""
-    for dropout in (0.0, 0.1):
-        for backward in (False, True):
-            name = "attention" + ", dropout" * (dropout > 0) + ", backward" * backward
-            yield Subject(name, partial(_attention, shapes, dropout, backward, shapes.length))
-    yield Subject("decoding", partial(_attention, shapes, 0.0, False, 1))
+    for dense in (False, True):
+        kind = "dense attention" if dense else "three-region attention"
+        for dropout in (0.0, 0.1):
+            for backward in (False, True):
+                name = kind + ", dropout" * (dropout > 0) + ", backward" * backward
+                make = partial(_attention, shapes, dense, dropout, backward, shapes.length)
+                yield Subject(name, make)
+        yield Subject(f"{kind}, decoding", partial(_attention, shapes, dense, 0.0, False, 1))
     for hidden in shapes.hidden_sizes:
         for operation in (_junction, _layer_norm):
             for backward in (False, True):
@@ -261,7 +269,12 @@ def _forward_or_backward(forward: Call, inputs: list[torch.Tensor], backward: bo
 
 
 def _attention(
-    shapes: Shapes, dropout: float, backward: bool, num_queries: int, device: torch.device
+    shapes: Shapes,
+    dense: bool,
+    dropout: float,
+    backward: bool,
+    num_queries: int,
+    device: torch.device,
 ) -> Call:
     length = shapes.length
     lengths = (num_queries, length, length)
@@ -274,21 +287,18 @@ def _attention(
     key_B2 = torch.tensor([[b, text] for b in range(shapes.batch)], device=device)
     block = max(1, min(128, length // 12))
 
+    drawn: dict[str, Any] = {"num_pivots": min(768, length // 5), "layer_number": 1, "seed": 1}
+    same: dict[str, Any] = {
+        "dropout": dropout,
+        "dropout_seed": 1,
+        "implementation": "triton",
+    }
+
     def forward() -> tuple[torch.Tensor, ...]:
-        out = three_region_attention(
-            *(q, k, v, key_B2),
-            total_length=length,
-            window_block=block,
-            window_blocks=6,
-            num_pivots=min(768, length // 5),
-            layer_number=1,
-            seed=1,
-            dropout=dropout,
-            dropout_seed=1,
-            max_text=text,
-            implementation="triton",
-        )
-        return (out,)
+        if dense:
+            return (dense_attention(q, k, v, **same),)
+        regions = {"window_block": block, "window_blocks": 6, "max_text": text, **drawn}
+        return (three_region_attention(q, k, v, key_B2, total_length=length, **regions, **same),)
 
     return _forward_or_backward(forward, inputs, backward)
 

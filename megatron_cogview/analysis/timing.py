@@ -11,9 +11,10 @@ import torch
 Operation = Callable[[], object]
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 """What ``nvidia-smi`` is asked beside a measurement."""
-_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 8
-"""Several writes, so that the device is still busy when the host has launched an operation of many
-small kernels: their time, and not the host's, lies between the events."""
+_FLUSH_BYTES, _FLUSHES = 256 * 2**20, (8, 32, 128)
+"""Several writes, and more where that was too few, so that the device is still busy when the host
+has launched an operation of many small kernels: their time, and not the host's, lies between the
+events.  An operation that waits for the device is measured with its waiting."""
 
 
 def median_ms(
@@ -38,17 +39,23 @@ def median_ms(
 
 def _cuda_round(operations: Mapping[str, Operation], device: torch.device) -> dict[str, float]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    pairs = {}
-    for name, operation in operations.items():
+    return {name: _cuda_ms(operation, flush) for name, operation in operations.items()}
+
+
+def _cuda_ms(operation: Operation, flush: torch.Tensor) -> float:
+    """Once more with a longer run-up if the device was there before the host had launched all."""
+    for flushes in _FLUSHES:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_FLUSHES):
+        for _ in range(flushes):
             flush.zero_()
         start.record()
         operation()
+        host_was_faster = not start.query()
         end.record()
-        pairs[name] = (start, end)
-    torch.cuda.synchronize(device)
-    return {name: float(start.elapsed_time(end)) for name, (start, end) in pairs.items()}
+        torch.cuda.synchronize(flush.device)
+        if host_was_faster:
+            break
+    return float(start.elapsed_time(end))
 
 
 def _cpu_round(operations: Mapping[str, Operation], device: torch.device) -> dict[str, float]:

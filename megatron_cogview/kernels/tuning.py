@@ -2,7 +2,7 @@
 
 Kernels start with fixed sizes unless the environment variable :data:`VARIABLE` names a file, which
 ``tools/tune_kernels.py`` writes.  Nothing is tuned while a model runs: ranks of a job that read one
-file start their kernels alike, and a run that goes on adds up in the same order.
+file start their kernels alike.  Each start of a run records the sizes (``training/run_folder.py``).
 """
 
 import contextlib
@@ -22,6 +22,8 @@ from megatron_cogview.configs.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 VARIABLE = "MEGATRON_COGVIEW_KERNEL_SIZES"
+FIXED = "fixed"
+"""Said where no measured sizes are in use."""
 Sizes = tuple[int, ...]
 _MOST = 1024
 
@@ -95,7 +97,7 @@ def measured_sizes() -> Mapping[str, Sizes]:
 def sizes_in_use() -> str:
     """For what is reported beside figures: ``fixed``, or the measured sizes."""
     table = measured_sizes()
-    return json.dumps(table, sort_keys=True) if table else "fixed"
+    return json.dumps(table, sort_keys=True) if table else FIXED
 
 
 def made_for() -> dict[str, str]:

@@ -21,8 +21,10 @@ from megatron_cogview.kernels.pb_relax_attention.reference import (
 )
 from megatron_cogview.kernels.pivot_attention.operator import (
     dense_attention,
+    plan_of,
     three_region_attention,
 )
+from megatron_cogview.kernels.pivot_attention.plan import Plan
 from megatron_cogview.kernels.pivot_attention.reference import visible_keys
 from megatron_cogview.model.kernel_choice import choose_attention, current_device, host_seed
 from megatron_cogview.model.transformer_config import CogViewTransformerConfig
@@ -54,6 +56,7 @@ class CogViewCoreAttention(MegatronModule):
         self.dropout = config.attention_dropout
         self.sequence_parallel = config.sequence_parallel
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self._planned: tuple[torch.Tensor, int, Plan] | None = None
         self.choice = choose_attention(
             config.cogview_attention, config.params_dtype, current_device(), self.dropout
         )
@@ -132,22 +135,39 @@ class CogViewCoreAttention(MegatronModule):
         if a.kind == "dense":
             return dense_attention(q_BNSD, k_BNKD, v_BNKD, **stream)
         assert pivot_key_B2 is not None, "three-region attention needs the batch's pivot keys"
+        drawn: dict[str, Any] = {
+            "total_length": max(k_BNKD.shape[-2], self.sequence_length),
+            "num_pivots": a.num_pivots,
+            "layer_number": self.layer_number,
+            "seed": a.pivot_seed,
+            # Prompts may hold a picture; there slots are no matter.
+            "max_text": self.longest_text if self.training else None,
+        }
+        plan = None
+        if self.choice == "kernel" and not self.training:
+            plan = self._kept_plan(pivot_key_B2, drawn)
         return three_region_attention(
             q_BNSD,
             k_BNKD,
             v_BNKD,
             pivot_key_B2,
-            total_length=max(k_BNKD.shape[-2], self.sequence_length),
             window_block=a.window_block,
             window_blocks=a.window_blocks,
-            num_pivots=a.num_pivots,
-            layer_number=self.layer_number,
-            seed=a.pivot_seed,
             pivot_bias=a.pivot_bias,
-            # Prompts may hold a picture; there slots are no matter.
-            max_text=self.longest_text if self.training else None,
+            plan=plan,
+            **drawn,
             **stream,
         )
+
+    def _kept_plan(self, pivot_key_B2: torch.Tensor, drawn: dict[str, Any]) -> Plan:
+        """All tokens of a generation share the plan of a layer, which depends on the samples alone.
+
+        They come with one and the same tensor; it is held, so that no other has its identity.
+        """
+        kept, length = self._planned, drawn["total_length"]
+        if kept is None or kept[0] is not pivot_key_B2 or kept[1] != length:
+            kept = self._planned = (pivot_key_B2, length, plan_of(pivot_key_B2, **drawn))
+        return kept[2]
 
     def visible(
         self,

@@ -19,7 +19,16 @@ def current_device() -> torch.device:
 
 def host_seed() -> int:
     """A seed for one kernel's dropout, drawn from the host's random state: nothing waits for the
-    device, recomputation draws it again, and ranks of one tensor group draw the same."""
+    device, recomputation draws it again, and ranks of one tensor group draw the same.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would repeat one seed for ever.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dropout of the kernels takes its seed from the host, and a CUDA graph would repeat "
+            "it at every replay: set model.hidden_dropout and model.attention_dropout to 0"
+        )
     return int(torch.randint(1 << 62, ()))
 
 

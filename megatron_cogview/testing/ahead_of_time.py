@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _INSTRUCTIONS = ("HMMA", "HGMMA", "LDL", "STL", "LDGSTS")
 
 
 def shipped() -> Iterator[tuple[str, Shipped]]:
-    """Every kernel in every size that is started somewhere, with its operation."""
+    """Every kernel in the sizes that are compiled here, with its operation."""
     for operation in OPERATIONS:
         module = importlib.import_module(f"megatron_cogview.kernels.{operation}.triton")
         for each in module.shipped():
@@ -57,8 +58,8 @@ def compiled(each: Shipped, capability: int) -> Any:
     unknown = {name for name in names if name not in each.types and name not in each.constants}
     if unknown:
         raise ValueError(f"{each.kernel.__name__}: no type for {sorted(unknown)}")
-    # What the JIT finds out at a start: allocations begin at multiples of 16 bytes, and some numbers
-    # are multiples of 16.  Sizes may or may not be, so nothing is promised of them.
+    # What the JIT sees at a start: allocations begin at multiples of 16 bytes, and some numbers are
+    # multiples of 16.  Sizes may or may not be, so nothing is promised of them.
     hints = {
         (number,): [["tt.divisibility", 16]]
         for number, name in enumerate(names)
@@ -83,10 +84,11 @@ def inspected(result: Any) -> dict[str, int]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(result.asm["cubin"])
         usage = _said(tools / "cuobjdump", "--dump-resource-usage", str(cubin))
-        code = _said(tools / "nvdisasm", str(cubin))
+        code = _said(tools / "nvdisasm", "--print-code", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in _INSTRUCTIONS}
+    words = Counter(re.findall(rf"\b(?:{'|'.join(_INSTRUCTIONS)})\b", code))
+    counts = {name: words[name] for name in _INSTRUCTIONS}
     shared = int(result.metadata.shared)
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": shared, **counts}
 
@@ -103,6 +105,7 @@ def described(number: int, capability: int) -> dict[str, Any]:
         "kernel": each.kernel.__name__,
         "capability": capability,
         "types": dict(each.types),
+        "divisible": each.divisible,
         "constants": {name: str(value) for name, value in each.constants.items()},
         "num_warps": each.num_warps,
         "num_stages": each.num_stages,

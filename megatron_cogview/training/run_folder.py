@@ -23,6 +23,7 @@ import torch.distributed as dist
 import megatron_cogview
 from megatron_cogview.checkpoint.identity import differences
 from megatron_cogview.configs.run import RunConfig
+from megatron_cogview.kernels.tuning import FIXED, VARIABLE, sizes_in_use
 from megatron_cogview.parallel.topology import Topology
 from megatron_cogview.storage.atomic import write_text
 
@@ -59,7 +60,14 @@ def write(folder: Path, config: RunConfig, topology: Topology) -> None:
             "data": topology.data_size,
         },
     }
-    starts = [*_earlier_starts(folder / VERSIONS), start]
+    earlier = _earlier_starts(folder / VERSIONS)
+    if earlier and set(earlier[-1].get("kernel_sizes", {FIXED})) != set(start["kernel_sizes"]):
+        logger.warning(
+            "kernels start with other sizes than at the last start (%s): results differ in the "
+            "last bits",
+            VARIABLE,
+        )
+    starts = [*earlier, start]
     write_text(folder / VERSIONS, json.dumps(starts, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / CONFIG, config.to_json())
 
@@ -118,20 +126,25 @@ def versions() -> dict[str, str]:
 
 
 def _machines(topology: Topology) -> dict[str, Any]:
-    """Hosts and devices of all ranks, with the number of ranks on each."""
+    """Hosts, devices and kernel sizes of all ranks, with the number of ranks of each.
+
+    Raises:
+        ConfigError: the file of kernel sizes cannot be used.
+    """
     on_gpu = topology.device.type == "cuda"
     device = torch.cuda.get_device_name(topology.device) if on_gpu else "CPU"
-    mine = (socket.gethostname(), device, torch.__version__)
+    mine = (socket.gethostname(), device, torch.__version__, sizes_in_use())
     everyone: list[Any] = [mine] * topology.world_size
     if topology.world_size > 1:
         dist.all_gather_object(everyone, mine)
-    hosts, devices, torches = (
+    hosts, devices, torches, sizes = (
         dict(sorted(Counter(c).items())) for c in zip(*everyone, strict=True)
     )
-    for what, found in (("devices", devices), ("versions of torch", torches)):
+    named = {"devices": devices, "versions of torch": torches, "kernel sizes": sizes}
+    for what, found in named.items():
         if len(found) > 1 and topology.is_main:
             logger.warning("the ranks have different %s: %s", what, found)
-    return {"hosts": hosts, "devices": devices}
+    return {"hosts": hosts, "devices": devices, "kernel_sizes": sizes}
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_cogview.kernels.dispatch import is_interpreted
 from megatron_cogview.kernels.pivot_attention.operator import three_region_attention
@@ -107,12 +105,16 @@ def exact(case: Case, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tens
 
 
 def by_pytorch(case: Case, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """PyTorch's attention in the tensors' dtype with the same mask."""
+    """Written out in PyTorch with everything in the tensors' dtype.
+
+    Its own written-out attention computes halves in fp32 and rounds once, which no kernel with
+    tensor cores does: weights, and gradients of scores, are halves there.
+    """
     window, outside = case.regions()
 
     def attend(q, k, v):
-        with sdpa_kernel([SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=window | outside)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(case.head_dim)
+        return torch.softmax(scores.masked_fill(~(window | outside), -torch.inf), -1) @ v
 
     return differentiated(attend, tensors)
 

@@ -1,4 +1,4 @@
-"""Every kernel in every size it is started with compiles for sm_80 and sm_90 without spilling."""
+"""Kernels in the sizes of the presets compile for sm_80 and sm_90 without spilling."""
 
 import json
 import os
@@ -40,6 +40,16 @@ def test_registers_and_shared_memory_are_as_stated(compiled: list[dict[str, Any]
     for line in compiled:
         assert line["registers"] <= line["most_registers"], line
         assert line["shared"] <= line["most_shared_bytes"], line
+
+
+def test_strides_are_numbers_of_the_call(compiled: list[dict[str, Any]]) -> None:
+    strided = [line for line in compiled if "q_s" in line["divisible"]]
+    assert {line["kernel"] for line in strided} == {
+        *("forward_kernel", "query_gradient_kernel", "slot_gradient_kernel"),
+        "key_gradient_kernel",
+    }
+    for line in strided:
+        assert {line["types"][name] for name in line["divisible"]} == {"i32"}, line
 
 
 def test_products_of_halves_use_tensor_cores(compiled: list[dict[str, Any]]) -> None:

@@ -23,16 +23,18 @@ def queries(number: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> 
 def test_sizes_follow_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     start = launch.launch
-    assert start("forward", queries(1, 64), False, False).queries == 16
-    assert start("forward", queries(16, 40), False, False).queries == 16
-    assert start("forward", queries(17, 64), False, False).queries == 128
+    assert start("forward", queries(1, 64), False, False, False).queries == 16
+    assert start("forward", queries(16, 40), False, False, False).queries == 16
+    assert start("forward", queries(17, 64), False, False, False).queries == 128
     # Only the forward is for decoding, and only heads up to 64 have a tile for it.
-    assert start("query_gradient", queries(1, 64), False, False).queries == 64
-    assert start("forward", queries(1, 80), False, False).queries == 64
-    padded, plain = (start("query_gradient", queries(99, 64), False, p) for p in (True, False))
+    assert start("query_gradient", queries(1, 64), False, False, False).queries == 64
+    assert start("forward", queries(1, 80), False, False, False).queries == 64
+    padded, plain = (
+        start("query_gradient", queries(99, 64), False, p, False) for p in (True, False)
+    )
     assert (padded.keys, plain.keys) == (32, 64)
-    assert start("key_gradient", queries(99, 64), True, False).num_stages == 1
-    assert start("forward", queries(1, 64, torch.float32), False, False).queries == 32
+    assert start("key_gradient", queries(99, 64), True, False, False).num_stages == 1
+    assert start("forward", queries(1, 64, torch.float32), False, False, False).queries == 32
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,9 @@ def test_few_programs_are_split_over_queries(programs: int, query_tiles: int, pa
 def test_the_parts_add_up(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 queries are 4 tiles under the interpreter, of which late slots have fewer."""
     monkeypatch.setattr(triton_backward, "num_parts", lambda programs, tiles: parts)
+    # Gradients of slots and keys start with more keys than queries, the forward with more queries.
+    tiles = launch.Launch(16, 32, 1, 1) if parts == 1 else launch.Launch(32, 16, 1, 1)
+    monkeypatch.setattr(launch, "INTERPRETED", tiles)
     for case in (Case(), Case(queries=9, given={"num_pivots": 30}, heads=1)):
         assert_right(case)
         tensors = case.tensors()

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from megatron_cogview.kernels.dispatch import is_interpreted
 from megatron_cogview.kernels.pivot_attention import operator, plan, triton, triton_backward
-from megatron_cogview.kernels.pivot_attention.sampler import pivot_mask
+from megatron_cogview.kernels.pivot_attention.sampler import chosen
 from tests.kernels.pivot_attention_cases import Case, by_triton, errors, exact
 
 # Compiled kernels keep the functions they were compiled with.
@@ -45,8 +45,8 @@ def no_deduplication(monkeypatch):
 
     def visit_all(*arguments, **given):
         made = plan.make_plan(*arguments, **given)
-        every_B1 = made.slots_before_BK[:, -1:]
-        return made._replace(slots_before_BK=every_B1.expand_as(made.slots_before_BK).contiguous())
+        every_B1 = made.slots_before_BL[:, 49:50]  # the last of the keys
+        return made._replace(slots_before_BL=every_B1.expand_as(made.slots_before_BL).contiguous())
 
     monkeypatch.setattr(operator, "make_plan", visit_all)
     for module in KERNELS:
@@ -65,12 +65,12 @@ def one_pivot_fewer(monkeypatch):
     """The last pivot before the window of the last query is left out."""
 
     def without_one(*arguments, **given):
-        mask_BL = pivot_mask(*arguments, **given)
+        mask_BL = chosen(*arguments, **given)
         for row in mask_BL:
             row[int(torch.nonzero(row[:40]).max())] = False
         return mask_BL
 
-    monkeypatch.setattr(plan, "pivot_mask", without_one)
+    monkeypatch.setattr(plan, "chosen", without_one)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.kernels.pivot_attention_cases import DEVICE, Case, assert_right
 MICRO = Shapes(
     hidden_sizes=(40,), rows=5, length=48, heads=1, head_dim=16, batch=1, codes=20, code_dims=(8,)
 )
-FORWARD = "pivot_attention.forward.D64"
+FORWARD = "pivot_attention.forward.D16"
 FAST, SLOW, REFUSED = (32, 16, 1, 1), (16, 32, 1, 1), (24, 16, 1, 1)
 """Triton has no tiles of 24."""
 
@@ -55,7 +55,8 @@ def use(path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 def test_the_fastest_is_kept_and_what_cannot_run_is_out(tmp_path: Path) -> None:
     path, only = tmp_path / "sizes.json", Settings(only="pivot_attention.f")
     content = tune(path, only, DEVICE, MICRO, by_size)
-    assert content["sizes"] == {FORWARD: list(FAST), f"{FORWARD}.dropout": list(FAST)}
+    kinds = ("", ".dropout", ".dense", ".dense.dropout")
+    assert content["sizes"] == {f"{FORWARD}{kind}": list(FAST) for kind in kinds}
     assert content["measured"][FORWARD]["16 32 1 1"] == 2.0
     assert isinstance(content["measured"][FORWARD]["24 16 1 1"], str)
     assert json.loads(path.read_text()) == content
@@ -68,7 +69,7 @@ def test_what_gives_other_numbers_is_out(tmp_path: Path, monkeypatch: pytest.Mon
 
     def wrong(q, k, v, plan, padding, settings):
         out, lse = right(q, k, v, plan, padding, settings)
-        tiles = launch.launch("forward", q, settings.dropout > 0, padding is not None)
+        tiles = launch.launch("forward", q, settings.dropout > 0, padding is not None, False)
         return (out * 1.1 if tiles == FAST else out), lse
 
     monkeypatch.setattr(triton, "forward", wrong)
@@ -94,25 +95,28 @@ def test_every_kernel_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel_tuning, "_problem", lambda run, expected: None)
     measured = tune(path, Settings(), DEVICE, MICRO, by_size)["measured"]
     directions = ("forward", "query_gradient", "slot_gradient", "key_gradient")
-    attention = {f"pivot_attention.{d}.D64{x}" for d in directions for x in ("", ".dropout")}
+    kinds = ("", ".dropout", ".dense", ".dense.dropout")
+    attention = {f"pivot_attention.{d}.D16{kind}" for d in directions for kind in kinds}
+    attention -= {f"pivot_attention.slot_gradient.D16.dense{x}" for x in ("", ".dropout")}
     rows = {
-        f"{name}.{d}.N256"
+        f"{name}.{d}.N40"
         for name in ("sandwich_junction", "scaled_layer_norm")
         for d in ("forward", "backward")
     }
-    others = {"pivot_attention.decoding.D64", "codebook_lookup.D8"}
+    decoding = {f"pivot_attention.decoding.D16{kind}" for kind in ("", ".dense")}
+    others = {*decoding, "codebook_lookup.D8"}
     assert set(measured) == attention | rows | others
 
 
 def test_kernels_start_with_measured_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And stay right with them."""
     directions = ("forward", "query_gradient", "slot_gradient", "key_gradient")
-    sizes = {f"pivot_attention.{d}.D64": [32, 16, 1, 1] for d in directions}
+    sizes = {f"pivot_attention.{d}.D40": [32, 16, 1, 1] for d in directions}
     use(tmp_path / "sizes.json", monkeypatch, sizes=sizes)
     started = []
 
-    def counted(direction, q, dropped, padded):
-        started.append((direction, launch.launch(direction, q, dropped, padded)))
+    def counted(direction, *rest):
+        started.append((direction, launch.launch(direction, *rest)))
         return started[-1][1]
 
     monkeypatch.setattr(triton, "launch", counted)
@@ -161,6 +165,16 @@ def test_a_file_for_other_kernels_is_refused(
     use(tmp_path / "sizes.json", monkeypatch, sizes={FORWARD: [32, 16]})
     with pytest.raises(ConfigError, match="expected 4 numbers"):
         tuning.tuned(FORWARD, (16, 16, 1, 1))
+
+
+def test_sizes_named_in_the_environment_do_not_reach_the_tuner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the file is the one that is about to be written."""
+    path = tmp_path / "sizes.json"
+    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    only = Settings(only="pivot_attention.query_gradient.D16")
+    assert "pivot_attention.query_gradient.D16" in tune(path, only, DEVICE, MICRO, by_size)["sizes"]
 
 
 def test_without_triton_there_is_nothing_to_tune(

@@ -108,6 +108,9 @@ def test_generation_is_the_same_for_any_layout_batch_and_cache(folder: Path) -> 
         assert one[0][f"{kind}_kernel"] == two[0][f"{kind}_kernel"] == codes[:2]
         assert len({str(picture) for picture in codes}) == len(codes)
     assert one[0]["dense"] != one[0]["pivot"]
+    # A plan for each of four layers and two batches, for texts differ in length.
+    assert one[0]["pivot_kernel_plans"] == 8
+    assert one[0]["dense_kernel_plans"] == 0
 
 
 def test_the_records_are_enough_for_the_run() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,9 @@ def generate(arguments: dict[str, Any]) -> dict[str, Any]:
         config = replace(config, generation=replace(config.generation, batch_size=2, top_k=20))
         model = _model(config, groups)
         if kind.endswith("kernel"):  # interpreted, and slow
-            results[kind] = generate_codes(model, config, groups, texts[:2]).tolist()
+            with _counted_plans() as made:
+                results[kind] = generate_codes(model, config, groups, texts[:2]).tolist()
+            results[f"{kind}_plans"] = len(made)
             continue
         results[kind] = generate_codes(model, config, groups, texts).tolist()
         if arguments["tensor"] == 1:
@@ -255,6 +258,24 @@ def generate(arguments: dict[str, Any]) -> dict[str, Any]:
             results[f"{kind}_batch_64"] = generate_codes(model, larger, groups, texts).tolist()
             results[f"{kind}_uncached"] = _without_cache(model, config, texts)
     return results
+
+
+@contextlib.contextmanager
+def _counted_plans() -> Iterator[list[Any]]:
+    """The plans of three-region attention that are made meanwhile."""
+    from megatron_cogview.model import attention
+
+    real, made = attention.plan_of, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        made.append(real(*arguments, **settings))
+        return made[-1]
+
+    attention.plan_of = counted
+    try:
+        yield made
+    finally:
+        attention.plan_of = real
 
 
 def _model(config: RunConfig, groups: Any) -> torch.nn.Module:

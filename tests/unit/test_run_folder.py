@@ -12,7 +12,9 @@ import torch
 
 import megatron_cogview
 from megatron_cogview import cli
+from megatron_cogview.configs.errors import ConfigError
 from megatron_cogview.configs.presets import tiny
+from megatron_cogview.kernels import tuning
 from megatron_cogview.training import run_folder
 
 ONE = SimpleNamespace(
@@ -75,6 +77,27 @@ def test_a_run_restarts_from_its_configuration(tmp_path):
     assert cli._arguments("pretrain", cli.base_config(path), []) == (odd, {})
     changed, _ = cli._arguments("pretrain", cli.base_config(path), ["--training.seed", "8"])
     assert changed == replace(odd, training=replace(odd.training, seed=8))
+
+
+def test_other_kernel_sizes_are_recorded_and_said(tmp_path, monkeypatch, caplog):
+    run_folder.write(tmp_path, tiny(), ONE)
+    run_folder.write(tmp_path, tiny(), ONE)
+    assert "other sizes" not in caplog.text
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps({**tuning.made_for(), "sizes": {"a": [16, 4]}}))
+    monkeypatch.setenv(tuning.VARIABLE, str(sizes))
+    tuning.measured_sizes.cache_clear()
+    try:
+        run_folder.write(tmp_path, tiny(), ONE)
+        assert "other sizes" in caplog.text
+        sizes.write_text("{")
+        tuning.measured_sizes.cache_clear()
+        with pytest.raises(ConfigError, match="cannot be read as JSON"):
+            run_folder.write(tmp_path, tiny(), ONE)
+    finally:
+        tuning.measured_sizes.cache_clear()
+    kept = [start["kernel_sizes"] for start in starts(tmp_path)]
+    assert kept == [{"fixed": 1}, {"fixed": 1}, {'{"a": [16, 4]}': 1}]
 
 
 def test_a_damaged_list_of_starts_is_put_aside(tmp_path, caplog):

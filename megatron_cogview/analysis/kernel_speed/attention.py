@@ -29,9 +29,10 @@ from megatron_cogview.analysis.kernel_speed.sizes import Sizes
 from megatron_cogview.kernels.pb_relax_attention.reference import causal_mask, pb_relax_attention
 from megatron_cogview.kernels.pivot_attention.operator import (
     dense_attention,
+    plan_of,
     three_region_attention,
 )
-from megatron_cogview.kernels.pivot_attention.plan import make_plan
+from megatron_cogview.kernels.pivot_attention.plan import make_plan as plan_written_out
 from megatron_cogview.kernels.pivot_attention.sampler import pivot_mask
 
 if TYPE_CHECKING:
@@ -70,10 +71,14 @@ class _Inputs:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.length)
-        shape = (self.batch, self.sizes.heads, self.length, self.sizes.head_dim)
-        make = partial(torch.randn, shape, device=self.device, dtype=torch.bfloat16)
-        self.qkv = tuple(make(requires_grad=self.backward) for _ in range(3))
-        self.gradient = make()
+        # Sequence first in memory, as megatron-core's matrix products make and take them.
+        shape = (self.length, self.batch, self.sizes.heads, self.sizes.head_dim)
+        q, k, v, gradient = (
+            torch.randn(shape, device=self.device, dtype=torch.bfloat16).permute(1, 2, 0, 3)
+            for _ in range(4)
+        )
+        self.qkv = tuple(x.requires_grad_(self.backward) for x in (q, k, v))
+        self.gradient = gradient
         texts = [[sample, self.sizes.text_length] for sample in range(self.batch)]
         self.key_B2 = torch.tensor(texts, device=self.device)
         # By name, so that a GPU without Triton is a failure and not a slow result.
@@ -185,7 +190,8 @@ def _sparse_peers(inputs: _Inputs) -> Iterator[Peer]:
         return sparse_attention(q, k, v, inputs.pivot_BP, block, blocks)
 
     yield Peer(name=OURS, prepare=lambda: inputs.operation(ours), flops=inputs.sparse_flops)
-    plan = partial(make_plan, inputs.key_B2, inputs.length, inputs.length, **drawn)
+    make_plan = plan_of if inputs.device.type == "cuda" else plan_written_out
+    plan = partial(make_plan, inputs.key_B2, inputs.length, **drawn)
     yield Peer(name=PLAN, prepare=lambda: plan)
     yield Peer(
         name=RELEASED,

@@ -96,22 +96,23 @@ def search(
     best_N, index_N, second_N = _outputs(vectors_ND)
     rows, codes, num_warps, num_stages = tuned(f"codebook_lookup.D{width}", FIXED)
     if num_rows:
-        search_codes[(triton.cdiv(num_rows, rows),)](
-            vectors_ND,
-            codebook_KD,
-            norms_K,
-            best_N,
-            index_N,
-            second_N,
-            num_rows,
-            codebook_KD.shape[0],
-            WIDTH=width,
-            ROWS=rows,
-            CODES=codes,
-            COLUMNS=_columns(width),
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        with torch.cuda.device_of(vectors_ND):
+            search_codes[(triton.cdiv(num_rows, rows),)](
+                vectors_ND,
+                codebook_KD,
+                norms_K,
+                best_N,
+                index_N,
+                second_N,
+                num_rows,
+                codebook_KD.shape[0],
+                WIDTH=width,
+                ROWS=rows,
+                CODES=codes,
+                COLUMNS=_columns(width),
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
     return best_N, index_N, second_N
 
 

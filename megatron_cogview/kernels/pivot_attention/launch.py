@@ -73,7 +73,7 @@ MOST_SHARED_BYTES = {
     "key_gradient": (49664, 26624),
     "decoding": (73728, 73728),
 }
-"""Of a block with half-precision heads of 64, without and with dropout, as compiled."""
+"""Of a block with heads of up to 64, without and with dropout, as compiled."""
 _KEY_CANDIDATES = (
     Launch(64, 64, 4, 2),
     Launch(64, 64, 4, 3),
@@ -121,6 +121,7 @@ def launch(
     q_BNSD: torch.Tensor,
     dropped: bool,
     padded: bool,
+    dense: bool,
 ) -> Launch:
     """Tile sizes of a kernel.  README.md has what the compiler makes of the fixed ones.
 
@@ -129,6 +130,7 @@ def launch(
         q_BNSD: queries; their shape and dtype count.  D is at most 128.
         dropped: whether weights are dropped; drawing takes registers.
         padded: whether there is padding to be masked.
+        dense: whether the window covers everything.
     """
     num_queries, head_dim = q_BNSD.shape[2:]
     if q_BNSD.dtype == torch.float32 and not is_interpreted():
@@ -142,16 +144,10 @@ def launch(
         fixed = _PADDED
     else:
         fixed = (_WIDE if head_dim > 64 else _DROPPED if dropped else _NARROW)[direction]
-    return Launch(
-        *tuned(tuned_name("decoding" if is_few else direction, head_dim, dropped, padded), fixed)
-    )
-
-
-def tuned_name(kernel: str, head_dim: int, dropped: bool, padded: bool) -> str:
-    """How a file of measured sizes calls a kernel: ``pivot_attention.forward.D64.dropout``."""
-    width = 64 if head_dim <= 64 else 128
-    variant = ".dropout" * dropped + ".padded" * padded
-    return f"pivot_attention.{kernel}.D{width}{variant}"
+    # In a file of measured sizes, for instance, pivot_attention.forward.D64.dropout.
+    variant = ".dense" * dense + ".dropout" * dropped + ".padded" * padded
+    name = f"{'decoding' if is_few else direction}.D{head_dim}{variant}"
+    return Launch(*tuned(f"pivot_attention.{name}", fixed))
 
 
 def unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -202,6 +198,7 @@ def arguments(
         **{"q_b": q_b, "q_n": q_n, "q_s": q_s, "k_b": k_b, "k_n": k_n, "k_s": k_s},
         **{"num_samples": batch, "num_heads": heads, "num_queries": num_queries},
         **{"num_keys": k_BNKD.shape[2], "num_slots": plan.slots_BP.shape[1]},
+        "total_length": plan.slot_of_key_BL.shape[1],
         "scale": head_dim**-0.5 * _LOG2_E,
         "bias": settings.pivot_bias * _LOG2_E,
         "seed": settings.seed,

@@ -25,6 +25,8 @@ _EVERYTHING = (FAR, 1)
 _SEED_BITS = 2**63 - 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_COLUMNS = 128
+_MOST_HEADS = 65_535
+"""Of all samples: the second axis of a grid."""
 
 
 class _Stream(NamedTuple):
@@ -55,6 +57,7 @@ def three_region_attention(
     pivot_bias: float = 0.0,
     max_text: int | None = None,
     padding_B2: torch.Tensor | None = None,
+    plan: Plan | None = None,
     implementation: Wanted = "auto",
 ) -> torch.Tensor:
     """Attention to all text, the layer's pivots and a window of blocks, causally (P-ATT-1..7).
@@ -69,6 +72,7 @@ def three_region_attention(
         pivot_bias: added to the scores of text and pivots before the window.
         max_text: no sample has more text-region tokens; makes slots and memory fewer.
         padding_B2: int64 ``[B, 2]``, see ``reference.key_regions``.
+        plan: of :func:`plan_of` with the same arguments, for many calls; the kernels' alone.
         implementation: see ``dispatch.choose``.
 
     Returns:
@@ -83,18 +87,24 @@ def three_region_attention(
     blocks = {"window_block": window_block, "window_blocks": window_blocks}
     drawn: dict[str, Any] = {"num_pivots": num_pivots, "layer_number": layer_number, "seed": seed}
     stream = _Stream(dropout, dropout_seed & _SEED_BITS, batch_offset, head_offset)
-    lengths = (num_keys, total_length)
     if choose("three_region_attention", implementation, q_BNSD.device) == "reference":
         drawn |= {**blocks, "padding_B2": padding_B2}
-        inside, outside = key_regions(pivot_key_B2, num_queries, *lengths, **drawn)
+        inside, outside = key_regions(pivot_key_B2, num_queries, num_keys, total_length, **drawn)
         bias = pivot_bias * outside if pivot_bias else None
         return _written_out(q_BNSD, k_BNKD, v_BNKD, inside | outside, stream, bias)
     if window_block * window_blocks >= num_keys:
         return _kernels(q_BNSD, k_BNKD, v_BNKD, None, padding_B2, _EVERYTHING, 0.0, stream)
     drawn |= {"max_text": max_text, "padding_B2": padding_B2}
-    plan = make_plan(pivot_key_B2, *lengths, **drawn)
+    plan = plan or plan_of(pivot_key_B2, total_length, **drawn)
     window = (window_block, window_blocks)
     return _kernels(q_BNSD, k_BNKD, v_BNKD, plan, padding_B2, window, pivot_bias, stream)
+
+
+def plan_of(pivot_key_B2: torch.Tensor, total_length: int, **drawn: Any) -> Plan:
+    """The kernels' plan, its draws made by a kernel too; arguments as of ``plan.make_plan``."""
+    from megatron_cogview.kernels.pivot_attention.triton_sampler import draws
+
+    return make_plan(pivot_key_B2, total_length, draw=draws, **drawn)
 
 
 def dense_attention(
@@ -208,6 +218,11 @@ def _kernels(
             f"attention: Triton's kernels take fp32, fp16 and bf16 of width up to {_MOST_COLUMNS}, "
             f"got {q_BNSD.dtype} of width {head_dim}; choose the reference"
         )
+    if q_BNSD.shape[0] * q_BNSD.shape[1] > _MOST_HEADS:
+        raise ValueError(
+            f"attention: {q_BNSD.shape[0]} samples of {q_BNSD.shape[1]} heads are more than "
+            f"{_MOST_HEADS} together, which a GPU's grid does not hold; split the batch"
+        )
     if padding_B2 is not None:
         padding_B2 = padding_B2.int().contiguous()
     if plan is None:
@@ -230,8 +245,8 @@ def _attention(
     k_BNKD: torch.Tensor,
     v_BNKD: torch.Tensor,
     slots_BP: torch.Tensor,
-    slots_before_BK: torch.Tensor,
-    slot_of_key_BK: torch.Tensor,
+    slots_before_BL: torch.Tensor,
+    slot_of_key_BL: torch.Tensor,
     padding_B2: torch.Tensor | None,
     window_block: int,
     window_blocks: int,
@@ -243,7 +258,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from megatron_cogview.kernels.pivot_attention import triton
 
-    plan = Plan(slots_BP, slots_before_BK, slot_of_key_BK)
+    plan = Plan(slots_BP, slots_before_BL, slot_of_key_BL)
     settings = Settings(
         window_block,
         window_blocks,
@@ -270,8 +285,8 @@ def _gradients(
     out_BNSD: torch.Tensor,
     lse_BNS: torch.Tensor,
     slots_BP: torch.Tensor,
-    slots_before_BK: torch.Tensor,
-    slot_of_key_BK: torch.Tensor,
+    slots_before_BL: torch.Tensor,
+    slot_of_key_BL: torch.Tensor,
     padding_B2: torch.Tensor | None,
     window_block: int,
     window_blocks: int,
@@ -283,7 +298,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from megatron_cogview.kernels.pivot_attention import triton_backward
 
-    plan = Plan(slots_BP, slots_before_BK, slot_of_key_BK)
+    plan = Plan(slots_BP, slots_before_BL, slot_of_key_BL)
     settings = Settings(
         window_block,
         window_blocks,
@@ -308,6 +323,8 @@ def _(
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
     ctx.settings = inputs[7:]
+    # The logarithms of the sums are for the backward alone.
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, d_out_BNSD: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:

@@ -3,14 +3,17 @@
 Everything is computed on the device that holds the pivot keys; nothing waits for it.  The plan does
 not depend on tile sizes.  README.md states the invariant that it serves.
 
-Shapes: B batch, K keys, P slots.
+Shapes: B batch, L tokens of the whole sequence, P slots.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from megatron_cogview.kernels.pivot_attention.sampler import pivot_mask
+from megatron_cogview.kernels.pivot_attention.sampler import chosen, draws
+
+Draw = Callable[[torch.Tensor, int, int, int, torch.Tensor | None], torch.Tensor]
 
 FAR = 1 << 30
 """Position of an empty slot: behind every query, and small enough to add to."""
@@ -21,16 +24,15 @@ class Plan(NamedTuple):
 
     slots_BP: torch.Tensor
     """Their positions, ascending, then :data:`FAR`."""
-    slots_before_BK: torch.Tensor
+    slots_before_BL: torch.Tensor
     """How many of them stand before a position.  At the start of a query's window this is the
     number of slots that it visits."""
-    slot_of_key_BK: torch.Tensor
+    slot_of_key_BL: torch.Tensor
     """The slot of a position, or -1."""
 
 
 def make_plan(
     pivot_key_B2: torch.Tensor,
-    num_keys: int,
     total_length: int,
     *,
     num_pivots: int,
@@ -38,40 +40,38 @@ def make_plan(
     seed: int,
     max_text: int | None = None,
     padding_B2: torch.Tensor | None = None,
+    draw: Draw = draws,
 ) -> Plan:
-    """Pack text and pivots of the whole sequence, of which ``num_keys`` tokens are known (P-ATT-7).
+    """Pack text and pivots of the whole sequence.  Decoding, which knows only its first tokens, has
+    the same plan at every step (P-ATT-7).
 
     Args:
         pivot_key_B2: int64 ``[B, 2]``: sample number, count of text-region tokens.
-        num_keys, total_length: tokens known, and of the whole sequence.
+        total_length: L, tokens of the whole sequence.
         num_pivots: text and pivots together (P-ATT-4).
         layer_number, seed: see :func:`pivot_mask`.
         max_text: no sample has more text-region tokens.  Bounds the number of slots, which is
             ``total_length`` without it, because a count on the device cannot be waited for.
         padding_B2: int64 ``[B, 2]``, see :func:`pivot_mask`.
+        draw: computes what :func:`sampler.draws` does.
 
     Raises:
-        ValueError: ``num_keys`` is larger than ``total_length``.
         RuntimeError: a sample has more text than ``max_text`` (on a GPU: a device assertion).
     """
-    if num_keys > total_length:
-        raise ValueError(f"num_keys = {num_keys} must not exceed total_length = {total_length}")
     num_slots = total_length
     if max_text is not None:
         num_slots = min(total_length, max(num_pivots, max_text))
         fits = (pivot_key_B2[:, 1] <= max_text).all()
         torch._assert_async(fits, f"a sample has more than max_text = {max_text} text tokens")
-    chosen_BL = pivot_mask(
-        pivot_key_B2, total_length, num_pivots, layer_number, seed, padding_B2=padding_B2
-    )
+    draw_BL = draw(pivot_key_B2, total_length, layer_number, seed, padding_B2)
+    chosen_BL = chosen(draw_BL, num_pivots)
     position_L = torch.arange(total_length, dtype=torch.int32, device=chosen_BL.device)
     slots_BL = torch.where(chosen_BL, position_L, FAR).sort(-1).values
-    known_BK = chosen_BL[:, :num_keys]
-    before_BK = known_BK.cumsum(-1, dtype=torch.int32) - known_BK.int()
+    before_BL = chosen_BL.cumsum(-1, dtype=torch.int32) - chosen_BL.int()
     return Plan(
         slots_BP=slots_BL[:, :num_slots].contiguous(),
-        slots_before_BK=before_BK,
-        slot_of_key_BK=torch.where(known_BK, before_BK, -1),
+        slots_before_BL=before_BL,
+        slot_of_key_BL=torch.where(chosen_BL, before_BL, -1),
     )
 
 

@@ -6,10 +6,12 @@ resumed runs and generation all find the same pivots without talking to each oth
 
 import torch
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_NEVER = 1 << 62  # above every draw
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+# Signed 64-bit integers of 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB.
+GOLDEN = -7046029254386353131
+MIX_1 = -4658895280553007687
+MIX_2 = -7723592293110705685
+NEVER = 1 << 62
+"""Above every draw."""
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -24,8 +26,8 @@ def _signed(value: int) -> int:
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Finaliser of splitmix64, on int64 that wraps around."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
     return x ^ _shift_right(x, 31)
 
 
@@ -58,18 +60,42 @@ def pivot_mask(
         Boolean ``[B, num_keys]``.  The choice for a position does not depend on ``num_keys``
         beyond the competition for places, see :func:`visible_keys` for decoding.
     """
+    return chosen(draws(pivot_key_B2, num_keys, layer_number, seed, padding_B2), num_pivots)
+
+
+def draws(
+    pivot_key_B2: torch.Tensor,
+    num_keys: int,
+    layer_number: int,
+    seed: int,
+    padding_B2: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The number that each position draws, int64 ``[B, num_keys]``; the smallest win.
+
+    Text has -1 and padding :data:`NEVER`; the others are distinct and lie between.  Arguments as of
+    :func:`pivot_mask`.
+    """
     sample_B1, text_B1 = pivot_key_B2[:, :1], pivot_key_B2[:, 1:]
     position_1K = torch.arange(num_keys, device=pivot_key_B2.device)[None]
-    key_B1 = _mix(_mix(sample_B1 + _signed(seed * _GOLDEN)) + _signed(layer_number * _GOLDEN))
+    seed_term, layer_term = key_terms(seed, layer_number)
+    key_B1 = _mix(_mix(sample_B1 + seed_term) + layer_term)
     # 31 random bits, with the position below them: distinct, so that the choice is unique.
-    draw_BK = (_shift_right(_mix(key_B1 + position_1K * _GOLDEN), 33) << 31) + position_1K
-    text_BK = position_1K < text_B1
-    draw_BK = draw_BK.masked_fill(text_BK, -1)
+    draw_BK = (_shift_right(_mix(key_B1 + position_1K * GOLDEN), 33) << 31) + position_1K
+    draw_BK = draw_BK.masked_fill(position_1K < text_B1, -1)
     if padding_B2 is not None:
-        padding_BK = in_padding(padding_B2, num_keys)
-        text_BK, draw_BK = text_BK & ~padding_BK, draw_BK.masked_fill(padding_BK, _NEVER)
-    places = min(num_pivots, num_keys)
+        draw_BK = draw_BK.masked_fill(in_padding(padding_B2, num_keys), NEVER)
+    return draw_BK
+
+
+def key_terms(seed: int, layer_number: int) -> tuple[int, int]:
+    """What seed and layer add to a key, as signed 64-bit integers."""
+    return _signed(seed * GOLDEN), _signed(layer_number * GOLDEN)
+
+
+def chosen(draw_BK: torch.Tensor, num_pivots: int) -> torch.Tensor:
+    """Text, and the smallest draws up to ``num_pivots`` with it: boolean ``[B, num_keys]``."""
+    places = min(num_pivots, draw_BK.shape[1])
     if places == 0:
-        return text_BK
+        return draw_BK < 0
     threshold_B1 = draw_BK.kthvalue(places, dim=-1, keepdim=True).values
-    return text_BK | (draw_BK <= threshold_B1) & (draw_BK < _NEVER)
+    return draw_BK <= threshold_B1.clamp(max=NEVER - 1)

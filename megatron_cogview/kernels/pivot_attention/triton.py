@@ -166,7 +166,7 @@ def attend_window(
 @triton.jit(do_not_specialize=["seed", "threshold", "batch_offset", "head_offset"])
 def forward_kernel(
     q, k, v, out, lse, slots, slots_before, padding, q_b, q_n, q_s, k_b, k_n, k_s,
-    num_samples, num_heads, num_queries, num_keys, num_slots,
+    num_samples, num_heads, num_queries, num_keys, num_slots, total_length,
     scale, bias, seed, threshold, keep_scale, batch_offset, head_offset,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
     DROPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -194,7 +194,7 @@ def forward_kernel(
         behind = window_start(end - 1, WINDOW, BLOCKS)
         acc_MD, total_M, peak_M = attend_slots(
             acc_MD, total_M, peak_M, q_MD, k, v, k_s, slots + wide_sample * num_slots,
-            tl.load(slots_before + wide_sample * num_keys + behind), position_M, first_query,
+            tl.load(slots_before + wide_sample * total_length + behind), position_M, first_query,
             scale, bias, stream, WINDOW, BLOCKS, BN, D, BLOCK_D, DROPPED,
         )  # fmt: skip
     begin = window_start(first_query, WINDOW, BLOCKS)
@@ -241,17 +241,19 @@ def forward(
     batch, heads, num_queries, _ = q_BNSD.shape
     out_BNSD = sequence_first(q_BNSD.shape, q_BNSD.dtype, q_BNSD.device)
     lse_BNS = unwritten((batch, heads, num_queries), torch.float32, q_BNSD.device)
-    sizes = launch("forward", q_BNSD, settings.dropout > 0, padding_B2 is not None)
+    dropped, padded = settings.dropout > 0, padding_B2 is not None
+    sizes = launch("forward", q_BNSD, dropped, padded, plan.slots_BP.shape[1] == 0)
     grid = (num_query_tiles(num_queries, k_BNKD.shape[2], sizes.queries), batch * heads)
     with torch.cuda.device_of(q_BNSD):
         forward_kernel[grid](
-            *(q_BNSD, k_BNKD, v_BNKD, out_BNSD, lse_BNS, plan.slots_BP, plan.slots_before_BK),
+            *(q_BNSD, k_BNKD, v_BNKD, out_BNSD, lse_BNS, plan.slots_BP, plan.slots_before_BL),
             **arguments(q_BNSD, k_BNKD, plan, padding_B2, settings, sizes),
         )
     return out_BNSD, lse_BNS
 
 
-_HALF = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
 _SINGLE = ("lse", "delta", "packed_k", "packed_v")
 _WHOLE = ("slots", "slots_before", "slot_of_key", "padding")
 _TYPES = {
@@ -261,33 +263,41 @@ _TYPES = {
     "seed": "i64",
 }
 _STRIDES = ("q_b", "q_n", "q_s", "k_b", "k_n", "k_s")
-"""Constants to the compiler, for at every start they are multiples of 16."""
+"""At every start they are multiples of 16, if the head dim is."""
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every kernel for heads of 64: three regions as in the preset fashion_3b, and dense."""
-    three_regions, dense = (128, 6), (FAR, 1)
-    for half, dropout, blocks, padded in (
-        (torch.bfloat16, 0.0, three_regions, False),
-        (torch.bfloat16, 0.1, three_regions, False),
-        (torch.float16, 0.1, three_regions, False),
-        (torch.float16, 0.0, three_regions, True),
-        (torch.bfloat16, 0.0, dense, False),
-        (torch.bfloat16, 0.1, dense, False),
+    """Every kernel for the heads of the presets: three regions as in fashion_3b, and dense."""
+    from megatron_cogview.kernels.pivot_attention import triton_sampler
+
+    bf16, fp16, three_regions, dense = torch.bfloat16, torch.float16, (128, 6), (FAR, 1)
+    for head_dim, dtype, blocks, dropout, padded in (
+        (64, bf16, three_regions, 0.0, False),
+        (64, bf16, three_regions, 0.1, False),
+        (64, bf16, three_regions, 0.0, True),
+        (64, bf16, dense, 0.0, False),
+        (64, bf16, dense, 0.1, False),
+        (64, fp16, three_regions, 0.0, False),
+        (64, fp16, three_regions, 0.1, True),
+        (64, torch.float32, three_regions, 0.0, False),
+        (32, bf16, dense, 0.0, False),
+        (32, bf16, dense, 0.1, False),
     ):
         for direction in ("forward", "query_gradient", "slot_gradient", "key_gradient"):
             if direction != "slot_gradient" or blocks != dense:
-                yield _shipped(direction, 2560, half, dropout, blocks, padded)
+                yield _shipped(direction, 2560, head_dim, dtype, blocks, dropout, padded)
     for blocks in (three_regions, dense):
-        yield _shipped("forward", 1, torch.bfloat16, 0.0, blocks)
+        yield _shipped("forward", 1, 64, bf16, blocks)
+    yield from triton_sampler.shipped()
 
 
 def _shipped(
     direction: str,
     num_queries: int,
-    half: torch.dtype,
-    dropout: float,
+    head_dim: int,
+    dtype: torch.dtype,
     blocks: tuple[int, int],
+    dropout: float = 0.0,
     padded: bool = False,
 ) -> Shipped:
     """A kernel of a call with 2,560 keys."""
@@ -300,7 +310,7 @@ def _shipped(
         "key_gradient": triton_backward.key_gradient_kernel,
     }
     q_BNSD, k_BNKD = (
-        torch.empty((length, 2, 40, 64), dtype=half, device="meta").permute(1, 2, 0, 3)
+        torch.empty((length, 2, 40, head_dim), dtype=dtype, device="meta").permute(1, 2, 0, 3)
         for length in (num_queries, 2560)
     )
     num_slots = 0 if blocks[0] == FAR else 768
@@ -309,11 +319,11 @@ def _shipped(
     )
     plan, settings = Plan(slots_BP, slots_BP, slots_BP), Settings(*blocks, 0.0, dropout, 0, 0, 0)
     kernel, dropped = kernels[direction], dropout > 0
-    sizes = launch(direction, q_BNSD, dropped, padded)
+    sizes = launch(direction, q_BNSD, dropped, padded, num_slots == 0)
     given = arguments(q_BNSD, k_BNKD, plan, padding_B2 if padded else None, settings, sizes)
-    constant = _STRIDES if padded else (*_STRIDES, "padding")
-    fixed = {name: given[name] for name in given if name.isupper() or name in constant}
-    types = {**_TYPES, **dict.fromkeys(_HALF, "*bf16" if half == torch.bfloat16 else "*fp16")}
+    fixed = {name: given[name] for name in given if name.isupper() or given[name] is None}
+    types = {**_TYPES, **dict.fromkeys(_INPUTS, _POINTERS[dtype])}
+    product_rows = sizes.keys if direction.startswith(("slot", "key")) else sizes.queries
     limits = MOST_SHARED_BYTES["decoding" if sizes == FEW_QUERIES else direction]
     return Shipped(
         kernel=kernel,
@@ -321,7 +331,8 @@ def _shipped(
         constants=fixed,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        divisible=_STRIDES,
         most_registers=255,
         most_shared_bytes=limits[dropped],
-        product_rows=sizes.keys if direction.startswith(("slot", "key")) else sizes.queries,
+        product_rows=0 if dtype == torch.float32 else product_rows,
     )

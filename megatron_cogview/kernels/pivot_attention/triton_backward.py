@@ -81,6 +81,7 @@ def add_query_gradient(
 def query_gradient_kernel(
     q, k, v, out, d_out, lse, delta, d_q, slots, slots_before, padding,
     q_b, q_n, q_s, k_b, k_n, k_s, num_samples, num_heads, num_queries, num_keys, num_slots,
+    total_length,
     scale, bias, root, seed, threshold, keep_scale, batch_offset, head_offset,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
     DROPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -110,7 +111,7 @@ def query_gradient_kernel(
     if SLOTS:
         slots += wide_sample * num_slots
         behind = window_start(end - 1, WINDOW, BLOCKS)
-        num_visible = tl.load(slots_before + wide_sample * num_keys + behind)
+        num_visible = tl.load(slots_before + wide_sample * total_length + behind)
         for begin in range(0, num_visible, BN):
             is_slot_N = begin + tl.arange(0, BN) < num_visible
             key_N = tl.load(slots + begin + tl.arange(0, BN), mask=is_slot_N, other=EMPTY)
@@ -177,6 +178,7 @@ def add_key_gradients(
 def slot_gradient_kernel(
     q, k, v, d_out, lse, delta, slots, packed_k, packed_v, padding,
     q_b, q_n, q_s, k_b, k_n, k_s, num_samples, num_heads, num_queries, num_keys, num_slots,
+    total_length,
     scale, bias, root, seed, threshold, keep_scale, batch_offset, head_offset,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
     DROPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -219,6 +221,7 @@ def slot_gradient_kernel(
 def key_gradient_kernel(
     q, k, v, d_out, lse, delta, slot_of_key, packed_k, packed_v, d_k, d_v, num_parts, padding,
     q_b, q_n, q_s, k_b, k_n, k_s, num_samples, num_heads, num_queries, num_keys, num_slots,
+    total_length,
     scale, bias, root, seed, threshold, keep_scale, batch_offset, head_offset,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
     DROPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -238,7 +241,7 @@ def key_gradient_kernel(
     grad_k_ND = tl.zeros([BN, BLOCK_D], tl.float32)
     grad_v_ND = tl.zeros([BN, BLOCK_D], tl.float32)
     if SLOTS:
-        slot_N = tl.load(slot_of_key + wide_sample * num_keys + key_N, mask=is_key_N, other=-1)
+        slot_N = tl.load(slot_of_key + wide_sample * total_length + key_N, mask=is_key_N, other=-1)
         packed = here * num_slots * D
         for _ in range(num_parts):
             grad_k_ND += load_rows(packed_k + packed, slot_N, D, slot_N >= 0, D, BLOCK_D)
@@ -293,27 +296,30 @@ def backward(
     rows = (d_out_BNSD, lse_BNS, delta_BNS)
 
     def rest(direction: str) -> dict[str, Any]:
-        sizes = launch(direction, q_BNSD, settings.dropout > 0, padding_B2 is not None)
+        dropped, padded = settings.dropout > 0, padding_B2 is not None
+        sizes = launch(direction, q_BNSD, dropped, padded, num_slots == 0)
         given = arguments(q_BNSD, k_BNKD, plan, padding_B2, settings, sizes)
         return {**given, "root": head_dim**-0.5}
 
     with torch.cuda.device_of(q_BNSD):
         given = rest("query_gradient")
         query_gradient_kernel[(num_query_tiles(num_queries, num_keys, given["BM"]), programs)](
-            *qkv, out_BNSD, *rows, d_q_BNSD, plan.slots_BP, plan.slots_before_BK, **given
+            *qkv, out_BNSD, *rows, d_q_BNSD, plan.slots_BP, plan.slots_before_BL, **given
         )
-        given = rest("slot_gradient")
-        tiles = num_tiles(num_slots, given["BN"])
-        parts = num_parts(tiles * programs, num_tiles(num_queries, given["BM"]))
+        parts, tiles = 0, 0
+        if num_slots > 0:
+            given = rest("slot_gradient")
+            tiles = num_tiles(num_slots, given["BN"])
+            parts = num_parts(tiles * programs, num_tiles(num_queries, given["BM"]))
         packed = (parts, batch, heads, num_slots, head_dim)
         packed_k, packed_v = (unwritten(packed, torch.float32, device) for _ in range(2))
-        if num_slots > 0:
+        if parts > 0:
             slot_gradient_kernel[(tiles, programs, parts)](
                 *qkv, *rows, plan.slots_BP, packed_k, packed_v, **given
             )
         given = rest("key_gradient")
         key_gradient_kernel[(num_tiles(num_keys, given["BN"]), programs)](
-            *(*qkv, *rows, plan.slot_of_key_BK, packed_k, packed_v, d_k_BNKD, d_v_BNKD, parts),
+            *(*qkv, *rows, plan.slot_of_key_BL, packed_k, packed_v, d_k_BNKD, d_v_BNKD, parts),
             **given,
         )
     return d_q_BNSD, d_k_BNKD, d_v_BNKD

@@ -168,6 +168,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     z_MN, _, statistics_KM = output
     ctx.save_for_backward(h_MN, bias_N, z_MN, end_weight_N, next_weight_N, statistics_KM)
     ctx.dropout, ctx.seed = dropout, seed
+    ctx.mark_non_differentiable(statistics_KM)
     # A result that nobody uses has no gradient, and the kernel reads none.
     ctx.set_materialize_grads(False)
 

@@ -35,7 +35,7 @@ _BACKWARD_ELEMENTS = 8
 """Of a row, per thread: beside it lie three parameters and five sums."""
 _MIXED_BACKWARD_ELEMENTS = 16
 """Where branch and residual differ in type.  Their loads then spread a row differently, and twice
-as many threads, with half the registers each, would spill."""
+as many threads, with half the registers each, would spill.  So would a second row under way."""
 
 
 @triton.jit
@@ -195,12 +195,13 @@ def forward(
     z_MN = empty((M, N), residual_MN.dtype, h_MN.device)
     n_MN = empty((M, N) if has_next else (0, N), h_MN.dtype, h_MN.device)
     statistics_KM = empty((4 if has_next else 2, M), torch.float32, h_MN.device)
-    _forward[(M,)](
-        h_MN, bias_N, residual_MN, end_weight_N, end_bias_N, next_weight_N, next_bias_N,
-        z_MN, n_MN, statistics_KM, M, epsilon, seed, drop_threshold(dropout), 1 / (1 - dropout),
-        N, relax_end, relax_next, dropout > 0, block_columns(N),
-        num_warps=tuned_warps("sandwich_junction.forward", N),
-    )  # fmt: skip
+    with torch.cuda.device_of(h_MN):
+        _forward[(M,)](
+            h_MN, bias_N, residual_MN, end_weight_N, end_bias_N, next_weight_N, next_bias_N,
+            z_MN, n_MN, statistics_KM, M, epsilon, seed, drop_threshold(dropout),
+            1 / (1 - dropout), N, relax_end, relax_next, dropout > 0, block_columns(N),
+            num_warps=tuned_warps("sandwich_junction.forward", N),
+        )  # fmt: skip
     return z_MN, n_MN, statistics_KM
 
 
@@ -238,11 +239,12 @@ def backward(
     programs = backward_programs(M, warps, h_MN.device)
     sums = 5 if has_next else 3
     partial_PKN = empty((programs, sums, N), torch.float32, h_MN.device)
-    _backward[(programs,)](
-        dz_MN, dn_MN, h_MN, bias_N, z_MN, end_weight_N, next_weight_N, statistics_KM,
-        dx_MN, dh_MN, partial_PKN, M, seed, drop_threshold(dropout), 1 / (1 - dropout),
-        N, sums, dropout > 0, block_columns(N), STAGES, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(h_MN):
+        _backward[(programs,)](
+            dz_MN, dn_MN, h_MN, bias_N, z_MN, end_weight_N, next_weight_N, statistics_KM,
+            dx_MN, dh_MN, partial_PKN, M, seed, drop_threshold(dropout), 1 / (1 - dropout),
+            N, sums, dropout > 0, block_columns(N), _backward_stages(mixed), num_warps=warps,
+        )  # fmt: skip
     # One row a program, added in torch's fixed order: no atomics.
     return dx_MN, dh_MN, partial_PKN.sum(0)
 
@@ -251,17 +253,25 @@ def _backward_elements(mixed: bool) -> int:
     return _MIXED_BACKWARD_ELEMENTS if mixed else _BACKWARD_ELEMENTS
 
 
+def _backward_stages(mixed: bool) -> int:
+    return 1 if mixed else STAGES
+
+
 def shipped() -> Iterator[Shipped]:
     """The kernels at the hidden sizes of the presets, for the check that compiles them."""
+    for columns in (128, 256):
+        yield _shipped_forward(columns)
+        yield _shipped_backward(columns, (152, 2304))
     for columns, most in ((1024, (168, 8448)), (2560, (128, 33024)), (4096, (128, 33024))):
         for relaxed in (False, True):
             yield _shipped_forward(columns, relaxed=relaxed)
         yield _shipped_backward(columns, most)
+        # The residual stream in fp32.
+        yield _shipped_forward(columns, most=(64, 8192), residual="fp32")
+        for branch in ("bf16", "fp16"):
+            yield _shipped_backward(columns, (255, 8448), branch=branch, residual="fp32")
     yield _shipped_forward(2560, branch="fp16", residual="fp16")
     yield _shipped_backward(2560, (128, 33024), branch="fp16", residual="fp16")
-    # The residual stream in fp32.
-    yield _shipped_forward(2560, most=(64, 8192), residual="fp32")
-    yield _shipped_backward(2560, (255, 57600), residual="fp32")
     # The last layer, in evaluation.
     yield _shipped_forward(2560, has_next=False, dropout=False)
     yield _shipped_backward(2560, (104, 16640), has_next=False, dropout=False)
@@ -289,9 +299,11 @@ def _shipped_backward(
     has_next: bool = True,
     dropout: bool = True,
 ) -> Shipped:
-    constants = {"N": columns, "K": 5 if has_next else 3, "DROPOUT": dropout, "STAGES": STAGES}
+    mixed = branch != residual
+    constants = {"N": columns, "K": 5 if has_next else 3, "DROPOUT": dropout}
+    constants["STAGES"] = _backward_stages(mixed)
     absent = () if has_next else ("dn_MN", "next_weight_N")
-    warps = row_warps(columns, _backward_elements(branch != residual))
+    warps = row_warps(columns, _backward_elements(mixed))
     return _shipped(_backward, warps, constants, absent, branch, residual, most)
 
 

@@ -125,6 +125,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x_MN, weight_N, *_ = inputs
     _, statistics_2M = output
     ctx.save_for_backward(x_MN, weight_N, statistics_2M)
+    ctx.mark_non_differentiable(statistics_2M)
 
 
 def _gradients(ctx, dy_MN, _):  # type: ignore[no-untyped-def]

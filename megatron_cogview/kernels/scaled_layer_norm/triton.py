@@ -156,10 +156,11 @@ def forward(
     M, N = x_MN.shape
     y_MN = empty((M, N), x_MN.dtype, x_MN.device)
     statistics_2M = empty((2, M), torch.float32, x_MN.device)
-    _forward[(M,)](
-        x_MN, weight_N, bias_N, divisor_1, y_MN, statistics_2M, M, epsilon,
-        N, token_max, block_columns(N), num_warps=tuned_warps("scaled_layer_norm.forward", N),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_MN):
+        _forward[(M,)](
+            x_MN, weight_N, bias_N, divisor_1, y_MN, statistics_2M, M, epsilon,
+            N, token_max, block_columns(N), num_warps=tuned_warps("scaled_layer_norm.forward", N),
+        )  # fmt: skip
     return y_MN, statistics_2M
 
 
@@ -181,10 +182,11 @@ def backward(
     warps = tuned_warps("scaled_layer_norm.backward", N)
     programs = backward_programs(M, warps, x_MN.device)
     partial_P2N = empty((programs, 2, N), torch.float32, x_MN.device)
-    _backward[(programs,)](
-        dy_MN, x_MN, weight_N, statistics_2M, dx_MN, partial_P2N, M,
-        N, block_columns(N), STAGES, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_MN):
+        _backward[(programs,)](
+            dy_MN, x_MN, weight_N, statistics_2M, dx_MN, partial_P2N, M,
+            N, block_columns(N), STAGES, num_warps=warps,
+        )  # fmt: skip
     # One row a program, added in torch's fixed order: no atomics.
     return dx_MN, partial_P2N.sum(0)
 
@@ -201,8 +203,7 @@ def row_warps(columns: int, elements: int = ELEMENTS_PER_THREAD) -> int:
 
 def tuned_warps(kernel: str, columns: int, elements: int = ELEMENTS_PER_THREAD) -> int:
     """Warps of a program that holds one row, measured ones if there are some."""
-    name = f"{kernel}.N{block_columns(columns)}"
-    return tuned(name, (row_warps(columns, elements),))[0]
+    return tuned(f"{kernel}.N{columns}", (row_warps(columns, elements),))[0]
 
 
 def backward_programs(rows: int, warps: int, device: torch.device) -> int:
@@ -218,11 +219,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 def shipped() -> Iterator[Shipped]:
     """The kernels at the hidden sizes of the presets, for the check that compiles them."""
-    for columns in (1024, 2560, 4096):
-        for rule in ("none", "token_max"):
-            yield _shipped_forward("bf16", columns, rule)
+    for columns in (128, 256, 1024, 2560, 4096):
+        yield _shipped_forward("bf16", columns, "token_max")
         yield _shipped_backward("bf16", columns)
-    yield _shipped_forward("bf16", 2560, "tensor_max_over_8")
+    for rule in ("none", "tensor_max_over_8"):
+        yield _shipped_forward("bf16", 2560, rule)
     yield _shipped_forward("fp16", 2560, "token_max")
     yield _shipped_backward("fp16", 2560)
 
