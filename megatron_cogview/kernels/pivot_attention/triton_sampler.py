@@ -1,4 +1,4 @@
-"""The draws of the pivot sampler in one kernel: PyTorch needs some fifty for the same integers.
+"""The draws of the pivot sampler in one kernel: PyTorch needs nearly fifty for the same integers.
 
 Shapes: B batch, K positions.
 """
