@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_cogview.analysis.machine import machine
+from megatron_cogview.analysis.timing import extra_bytes
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.data import images
@@ -280,13 +281,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     On a GPU by torch's allocator; on a CPU as the growth of the resident set of a child process.
     """
     # By the device that is measured: a machine with a GPU measures its CPU too.
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    on_gpu = extra_bytes(run, device)
+    if on_gpu is not None:
+        return on_gpu
     gc.collect()
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

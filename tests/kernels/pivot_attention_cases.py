@@ -129,6 +129,17 @@ def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     return found
 
 
+def score_scale(case: Case, tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """What the gradients of queries and keys are made of before anything cancels in them.
+
+    The gradient of a score is P (dP - delta), the small difference of equal numbers where a query
+    sees few keys.  fp32 keeps it to the rounding of dP, which this is, times the other factor.
+    """
+    q, k, v, d_out = (x.double() for x in tensors)
+    largest = float((d_out @ v.mT).abs().max()) / math.sqrt(case.head_dim)
+    return {"q": largest * float(k.abs().max()), "k": largest * float(q.abs().max())}
+
+
 def assert_right(case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Forward and every gradient keep the rule: 1e-6 in fp32, else twice PyTorch's error."""
     tensors = case.tensors(dtype)
