@@ -13,6 +13,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -308,9 +309,19 @@ def _in_child(run: Callable[[], Any], sender: Any) -> None:
         # Sets the high-water mark back to the present size (proc(5)).
         file.write("5")
     before = _status("VmRSS")
-    run()
+    # In a thread, for its own heap: in the parent's, a block can be too small by its alignment to
+    # be taken twice, and the second of two blocks in turn would then grow the process.
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_in_thread, run, *modes).result()
     sender.send(_status("VmHWM") - before)
     sender.close()
+
+
+def _in_thread(run: Callable[[], Any], grad: bool, inference: bool) -> None:
+    # Both modes are a thread's own, and a graph that is kept is memory.
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        run()
 
 
 def _status(name: str) -> int:

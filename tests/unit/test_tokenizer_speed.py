@@ -60,6 +60,36 @@ def test_memory_counter_sees_what_is_held_and_no_more() -> None:
     assert 390 < both / 2**20 < 640
 
 
+@pytest.mark.parametrize("megabytes", [100, 300, 500])
+def test_free_memory_of_the_parent_does_not_count(megabytes: int) -> None:
+    """A hole in its heap into which the first tensor would fit, and the second no more."""
+    blocks = [bytearray(100_000) for _ in range(megabytes * 10)]
+    above = bytearray(100_000)
+    del blocks
+    turn = peak_bytes(lambda: [torch.ones(50 << 20).sum() for _ in range(2)], CPU)
+    assert len(above) and 195 < turn / 2**20 < 230
+
+
+def test_a_run_that_fails_gives_an_error_instead_of_a_number() -> None:
+    with pytest.raises(RuntimeError, match="died"):
+        peak_bytes(lambda: torch.ones(2) + torch.ones(3), CPU)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_gradients_are_kept_only_where_the_caller_wants_them(grad: bool) -> None:
+    """Ten results of 40 MiB each in a row, of which a graph keeps every one."""
+    weight = torch.ones(10 << 20, requires_grad=True)
+
+    def run() -> None:
+        value = weight
+        for _ in range(10):
+            value = value.exp()
+
+    with torch.set_grad_enabled(grad):
+        held = peak_bytes(run, CPU) / 2**20
+    assert held > 380 if grad else held < 140
+
+
 def test_a_cpu_is_measured_as_such_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own memory, not that of the idle GPU beside it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
