@@ -223,10 +223,10 @@ BOUNDED = {
 
 @pytest.mark.parametrize("data", BOUNDED.values(), ids=BOUNDED.keys())
 def test_bounded_in_depth_size_and_time(data):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DataError):
         loads(data)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_shared_lists_do_not_multiply():
@@ -285,7 +285,7 @@ def test_fuzzed_rows_give_an_error_or_what_pickle_gives():
     rows = [small, ("a cat", small), (small[:3].astype(np.int64), small.reshape(2, 4)), [1, 2, 300]]
     seeds = [pickle.dumps(row, protocol) for row in rows for protocol in PROTOCOLS]
     read = refused = 0
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(4_000):
         data = mutate(chance.choice(seeds), chance)
         try:
@@ -295,6 +295,6 @@ def test_fuzzed_rows_give_an_error_or_what_pickle_gives():
             continue
         read += 1
         assert same(value, Allowed(io.BytesIO(data)).load()), data
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert read > 100
     assert refused > 1_000

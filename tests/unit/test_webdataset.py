@@ -255,9 +255,9 @@ def test_a_tar_that_claims_impossible_sizes_costs_neither_memory_nor_time(tmp_pa
     data = good[: 4 * BLOCK] + header("2.png", kind, size, b"x" * 600) + good
     (tmp_path / "t.tar").write_bytes(data)
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     kept, rejected = good_and_rejected(read_all(tmp_path))
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
     assert [p.id for p in kept] == ["t/1"]
@@ -269,9 +269,9 @@ def test_extended_headers_that_take_others_hours_take_no_time(tmp_path):
     for data in (b"1" * 60_000, b"13 path=a\n\n\n\n" * 4000, b"0 \n" * 9000, b""):
         block = header("x", tarfile.XHDTYPE, len(data), data)
         (tmp_path / "t.tar").write_bytes(block + header("1.png", b"0", 1, b"p") + bytes(1024))
-        began = time.monotonic()
+        began = time.process_time()
         read_all(tmp_path)
-        assert time.monotonic() - began < 0.5
+        assert time.process_time() - began < 0.5
 
 
 def test_a_tar_cut_or_damaged_anywhere_is_reported(tmp_path):
