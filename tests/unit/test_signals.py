@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cogview.training.signals import REQUEUE_EXIT_CODE, StopRequest, requeue, stopped
+from megatron_cogview.training.signals import (
+    REQUEUE_EXIT_CODE,
+    STOP_SIGNALS,
+    StopRequest,
+    requeue,
+    stopped,
+)
 
 
 def send(number: signal.Signals) -> None:
@@ -30,16 +36,15 @@ def told(tmp_path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_the_former_handlers_come_back(number: signal.Signals) -> None:
-    former = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    former = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     with StopRequest() as stop:
         assert not stop.requested and stop.signal_name is None
         send(number)
         assert stop.requested and stop.signal_name == number.name
     assert stop.requested
     assert {each: signal.getsignal(each) for each in former} == former
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_signals_that_come_again_change_nothing_and_are_told_once(
@@ -56,12 +61,13 @@ def test_signals_that_come_again_change_nothing_and_are_told_once(
 
 
 def test_the_second_interrupt_is_one() -> None:
+    former = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         send(signal.SIGTERM)
         send(signal.SIGINT)
         assert stop.signal_name == "SIGTERM"
         send(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is former
 
 
 def test_a_read_that_is_under_way_goes_on() -> None:
