@@ -3,14 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 420
+from tests.integration.micro_demo import COMMAND, ROOT, TIMEOUT_SECONDS
+
 KILLS = (
     # stage, what must exist in the run folder before the kill, seconds after it
     ("pairs", "pairs", 0.1),
@@ -31,7 +30,7 @@ COMPARED = (
 def start(run: Path) -> subprocess.Popen[bytes]:
     with (run.parent / f"{run.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "examples/demo/run.py", "--size", "micro", "--output", str(run)],
+            [*COMMAND, "--output", str(run)],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -73,9 +72,10 @@ def finish(run: Path) -> None:
     assert code == 0, (run.parent / f"{run.name}.log").read_text(errors="replace")[-4000:]
 
 
-def test_killed_in_every_stage_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(whole)
+def test_killed_in_every_stage_and_run_again_gives_the_same_bytes(
+    tmp_path: Path, finished: Path
+) -> None:
+    killed = tmp_path / "killed"
     for stage, condition, delay in KILLS:
         process = start(killed)
         came = wait_for(condition, killed, process)
@@ -86,7 +86,7 @@ def test_killed_in_every_stage_and_run_again_gives_the_same_bytes(tmp_path: Path
         assert came and alive, f"{stage}: the demo ended before it could be killed"
     finish(killed)
     for pattern in COMPARED:
-        names = sorted(p.relative_to(whole) for p in whole.glob(pattern))
+        names = sorted(p.relative_to(finished) for p in finished.glob(pattern))
         assert names, pattern
         for name in names:
-            assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+            assert (killed / name).read_bytes() == (finished / name).read_bytes(), name

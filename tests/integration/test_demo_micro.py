@@ -1,36 +1,13 @@
 """The whole demo at micro size: every command, the report's fields, resuming, wrong input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 420
-"""Several times what two idle cores need."""
+from tests.integration.micro_demo import demo
+
 STAGES = ("pairs", "text tokenizer", "image tokenizer", "tokens", "pretrain", "generate", "check")
-
-
-def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "examples/demo/run.py", "--size", "micro", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "TQDM_MININTERVAL": "5"},
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("demo") / "run"
-    done = demo("--output", str(run))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return run
 
 
 def test_the_report_has_every_field(finished: Path) -> None:

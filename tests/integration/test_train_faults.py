@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_cogview.testing.train_faults.campaigns import CAMPAIGNS
@@ -36,9 +37,15 @@ def run(arguments: list[str], timeout_s: float) -> subprocess.CompletedProcess[s
 
 def test_a_sample_of_each_campaign(tmp_path: Path) -> None:
     assert set(SAMPLE) <= set(CAMPAIGNS)
-    for name, trials in SAMPLE.items():
-        what = ["--only", name, "--trials", str(trials)]
-        done = run(["tools/train_faults.py", "--output", str(tmp_path), *what], 300)
+
+    def sample(item: tuple[str, int]) -> subprocess.CompletedProcess[str]:
+        what = ["--only", item[0], "--trials", str(item[1])]
+        return run(["tools/train_faults.py", "--output", str(tmp_path), *what], 300)
+
+    # Two at a time: each waits for its processes for most of its time.
+    with ThreadPoolExecutor(2) as pool:
+        results = zip(SAMPLE.items(), pool.map(sample, SAMPLE.items()), strict=True)
+    for (name, trials), done in results:
         assert done.returncode == 0, done.stdout[-4000:]
         (journal,) = tmp_path.glob(f"{name}-*.jsonl")
         lines = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -87,8 +94,13 @@ DEFECTS: dict[str, tuple[str, int, str]] = {
 
 
 def test_defects_would_be_noticed() -> None:
-    for what, (name, trials, patch) in DEFECTS.items():
-        done = run(["-c", BROKEN.format(patch=patch, name=name, trials=trials)], 200)
+    def broken(defect: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
+        name, trials, patch = defect
+        return run(["-c", BROKEN.format(patch=patch, name=name, trials=trials)], 200)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = zip(DEFECTS, pool.map(broken, DEFECTS.values()), strict=True)
+    for what, done in results:
         verdicts = [line for line in done.stdout.splitlines() if line.startswith("OK:")]
         noticed = "False" in verdicts[-1] if verdicts else "left alone" in done.stdout
         assert noticed, f"{what}: {done.stdout[-3000:]}"
