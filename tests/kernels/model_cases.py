@@ -41,8 +41,8 @@ def step(arguments: dict[str, Any]) -> dict[str, Any]:
         topology = initialize(parallel)
         backend, dropout = settings["backend"], settings.get("dropout", 0.0)
         base = run_config("paper", parallel, settings["micro_batch"], SAMPLES)
-        layers = settings.get("layers", 4)
-        config = replace(base, model=model(settings["kind"], backend, dropout, layers))
+        shape = model(settings["kind"], backend, dropout, settings["layers"])
+        config = replace(base, model=shape)
         config.check_layout(topology.world_size)
         engine, result, taken = _trained(config, topology)
         tensors = {f"gradient.{k}": v for k, v in fixtures.gradients(engine).items()}
