@@ -6,16 +6,12 @@ makes one-hot vectors; ours is ``codebook_lookup``.  Weights, pictures and threa
 Shapes: B pictures, N vectors, D code width, K codes, S side.
 """
 
-import ctypes
-import gc
 import itertools
 import logging
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_cogview.analysis.machine import machine
-from megatron_cogview.analysis.timing import extra_bytes
+from megatron_cogview.analysis.resident_memory import peak_bytes
 from megatron_cogview.configs.errors import DataError, refuse
 from megatron_cogview.configs.image_tokenizer import ImageTokenizerConfig
 from megatron_cogview.data import images
@@ -39,8 +35,6 @@ from megatron_cogview.tokenization.quantizer import flatten_latents
 from megatron_cogview.tokenization.vq_model import VQModel
 
 logger = logging.getLogger(__name__)
-
-_STATUS = Path("/proc/self/status")
 
 
 class Subject(NamedTuple):
@@ -274,59 +268,3 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most memory of ``device`` that ``run`` held beyond what was held before.
-
-    On a GPU by torch's allocator; on a CPU as the growth of the resident set of a child process.
-    """
-    # By the device that is measured: a machine with a GPU measures its CPU too.
-    on_gpu = extra_bytes(run, device)
-    if on_gpu is not None:
-        return on_gpu
-    gc.collect()
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_in_child, args=(run, sender))
-    child.start()
-    sender.close()
-    try:
-        value: int = receiver.recv()
-    except EOFError:
-        raise RuntimeError("the process that measures memory died") from None
-    finally:
-        child.join()
-    return value
-
-
-def _in_child(run: Callable[[], Any], sender: Any) -> None:
-    # A forked process has no threads of the parent's pool, and waiting for them would never end.
-    torch.set_num_threads(1)
-    # Memory that earlier runs have freed goes back, or this run would take it without growing.
-    ctypes.CDLL(None).malloc_trim(0)
-    with Path("/proc/self/clear_refs").open("w") as file:
-        # Sets the high-water mark back to the present size (proc(5)).
-        file.write("5")
-    before = _status("VmRSS")
-    # In a thread, for its own heap: in the parent's, a block can be too small by its alignment to
-    # be taken twice, and the second of two blocks in turn would then grow the process.
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(_in_thread, run, *modes).result()
-    sender.send(_status("VmHWM") - before)
-    sender.close()
-
-
-def _in_thread(run: Callable[[], Any], grad: bool, inference: bool) -> None:
-    # Both modes are a thread's own, and a graph that is kept is memory.
-    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        run()
-
-
-def _status(name: str) -> int:
-    """A size out of /proc/self/status, bytes."""
-    for line in _STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {name}")

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 POLL_SECONDS = 0.05
+_WORD_SECONDS = 2.0
+"""Before the end of its time a rank that hangs says where."""
 
 
 class RankFailure(AssertionError):
@@ -48,7 +50,13 @@ def run_distributed(
     with tempfile.TemporaryDirectory(prefix="cogview-ranks-") as folder:
         spec = Path(folder) / "spec.json"
         spec.write_text(
-            json.dumps({"target": target, "arguments": arguments or {}, "timeout_s": timeout_s})
+            json.dumps(
+                {
+                    "target": target,
+                    "arguments": arguments or {},
+                    "deadline": time.time() + timeout_s,
+                }
+            )
         )
         ranks = [_start(spec, rank, world_size) for rank in range(world_size)]
         try:
@@ -124,7 +132,9 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     path = parser.parse_args().spec
     spec = json.loads(path.read_text())
-    faulthandler.dump_traceback_later(spec["timeout_s"] * 0.9, exit=True)
+    # Before the parent gives up, however long this process took to start.
+    left = spec["deadline"] - time.time() - _WORD_SECONDS
+    faulthandler.dump_traceback_later(max(left, 0.1), exit=True)
 
     from megatron_cogview.parallel import cpu_backend
 

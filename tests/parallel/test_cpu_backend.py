@@ -159,4 +159,4 @@ def failing(arguments: dict[str, Any]) -> None:
 def test_the_harness_ends_ranks_that_fail_die_or_hang(how: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         target = "tests.parallel.test_cpu_backend:failing"
-        run_distributed(target, 2, {"how": how}, 8 if how == "hang" else 60)
+        run_distributed(target, 2, {"how": how}, 15 if how == "hang" else 60)

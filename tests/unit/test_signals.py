@@ -18,6 +18,10 @@ from megatron_cogview.training.signals import (
 )
 
 
+def test_these_signals_ask_a_run_to_stop() -> None:
+    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+
+
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import socket
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -282,9 +281,8 @@ def test_pipes_and_sockets_are_not_opened_and_large_files_not_read(
     monkeypatch.setattr(tables, "MAX_IMAGE_BYTES", 5)
     (folder / "big.png").write_bytes(b"123456")
     rows = [(f"{name}.png", "c") for name in ("pipe", "socket", "big", "0")]
-    began = time.monotonic()
+    # An end that nobody writes to would be waited for without end.
     items = read_table(folder / "t.csv", as_csv(rows, ","))
-    assert time.monotonic() - began < 30
     assert reasons(items) == [
         ("pipe.png", "not a plain file", "row 1: pipe.png"),
         ("socket.png", "not a plain file", "row 2: socket.png"),

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cogview.analysis import tokenizer_speed
 from megatron_cogview.analysis.tokenizer_speed import (
     Settings,
     bf16_mismatch,
-    peak_bytes,
     released_codes,
     report,
     smooth_pictures,
@@ -47,57 +45,6 @@ def test_the_rival_finds_the_nearest_codes() -> None:
     codes, chosen = released_codes(vectors, embed)
     assert torch.equal(codes, torch.cdist(vectors.double(), embed.t().double()).argmin(1))
     assert torch.equal(chosen, embed.t()[codes])
-
-
-def test_memory_counter_sees_what_is_held_and_no_more() -> None:
-    """A tensor of 200 MiB, after as much was freed; then two in turn, and two at once."""
-    torch.ones(50 << 20)
-    one = peak_bytes(lambda: torch.ones(50 << 20).sum(), CPU)
-    turn = peak_bytes(lambda: [torch.ones(50 << 20).sum() for _ in range(2)], CPU)
-    both = peak_bytes(lambda: torch.ones(50 << 20) + torch.ones(50 << 20)[0], CPU)
-    for value in (one, turn):
-        assert 195 < value / 2**20 < 230
-    assert 390 < both / 2**20 < 640
-
-
-@pytest.mark.parametrize("megabytes", [100, 300, 500])
-def test_free_memory_of_the_parent_does_not_count(megabytes: int) -> None:
-    """A hole in its heap into which the first tensor would fit, and the second no more."""
-    blocks = [bytearray(100_000) for _ in range(megabytes * 10)]
-    above = bytearray(100_000)
-    del blocks
-    turn = peak_bytes(lambda: [torch.ones(50 << 20).sum() for _ in range(2)], CPU)
-    assert len(above) and 195 < turn / 2**20 < 230
-
-
-def test_a_run_that_fails_gives_an_error_instead_of_a_number() -> None:
-    with pytest.raises(RuntimeError, match="died"):
-        peak_bytes(lambda: torch.ones(2) + torch.ones(3), CPU)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_gradients_are_kept_only_where_the_caller_wants_them(grad: bool) -> None:
-    """Ten results of 40 MiB each in a row, of which a graph keeps every one."""
-    weight = torch.ones(10 << 20, requires_grad=True)
-
-    def run() -> None:
-        value = weight
-        for _ in range(10):
-            value = value.exp()
-
-    with torch.set_grad_enabled(grad):
-        held = peak_bytes(run, CPU) / 2**20
-    assert held > 380 if grad else held < 140
-
-
-def test_a_cpu_is_measured_as_such_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own memory, not that of the idle GPU beside it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
-    assert 195 < peak_bytes(lambda: torch.ones(50 << 20).sum(), CPU) / 2**20 < 230
 
 
 def test_bf16_codes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +100,3 @@ def test_input_that_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     data = write_tars(tmp_path / "tars", number=4)
     with pytest.raises(DataError, match="4 pictures, 128 are needed"):
         report(Settings(image_tokenizer=weights, data=(data,)))
-
-
-def test_without_clear_refs_there_is_an_error_instead_of_a_number(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tokenizer_speed, "_STATUS", Path("/proc/self/absent"))
-    with pytest.raises(RuntimeError, match="died"):
-        peak_bytes(lambda: None, CPU)
