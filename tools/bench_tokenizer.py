@@ -52,7 +52,11 @@ def main() -> None:
     print(f"{numbers['device']}, {numbers['threads']} threads, torch {numbers['torch']}")
     show("quantizer", numbers["quantizer"])
     show("encode", numbers["encode"])
-    print(f"codes: {numbers['codes_differ']} of {numbers['vectors']} differ between the two")
+    right = numbers["nearest_of_those"]
+    print(
+        f"codes: {numbers['codes_differ']} of {numbers['vectors']} differ between the two; "
+        f"of those ours has the nearest by fp64 in {right['ours']}, released in {right['released']}"
+    )
     bf16 = numbers["bf16"]
     print(
         f"bf16 encoder: {bf16['mismatch']:.2%} of {bf16['vectors']} codes differ; of those "

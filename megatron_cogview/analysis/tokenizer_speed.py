@@ -155,7 +155,8 @@ def measure(subject: Subject, repeats: int) -> dict[str, Any]:
 
     Returns:
         ``quantizer`` and ``encode``, each with ``ours``, ``released``, ``speedup`` (times as fast)
-        and ``memory_ratio`` (ours over released); ``codes_differ`` between the two ways.
+        and ``memory_ratio`` (ours over released); ``codes_differ`` between the two ways, and in how
+        many of those each has the nearest code by fp64.
     """
     model, pictures_BCSS = subject
     device = pictures_BCSS.device
@@ -178,9 +179,21 @@ def measure(subject: Subject, repeats: int) -> dict[str, Any]:
         ),
     }
     ours, released = our_codes(vectors_ND, embed_DK)[0], released_codes(vectors_ND, embed_DK)[0]
-    report["vectors"], report["codes_differ"] = len(ours), int((ours != released).sum())
+    differs = ours != released
+    nearest = _nearest_in_fp64(vectors_ND[differs], embed_DK)
+    report["vectors"], report["codes_differ"] = len(ours), int(differs.sum())
+    report["nearest_of_those"] = {
+        "ours": int((ours[differs] == nearest).sum()),
+        "released": int((released[differs] == nearest).sum()),
+    }
     report["codes_in_use"] = len(ours.unique())
     return report
+
+
+def _nearest_in_fp64(vectors_ND: Tensor, embed_DK: Tensor) -> Tensor:
+    exact_KD = embed_DK.t().double()
+    parts = [torch.cdist(part.double(), exact_KD).argmin(1) for part in vectors_ND.split(1024)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

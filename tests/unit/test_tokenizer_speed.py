@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_cogview.analysis import tokenizer_speed
 from megatron_cogview.analysis.tokenizer_speed import (
     Settings,
+    Subject,
     bf16_mismatch,
+    measure,
     released_codes,
     report,
     smooth_pictures,
@@ -45,6 +48,27 @@ def test_the_rival_finds_the_nearest_codes() -> None:
     codes, chosen = released_codes(vectors, embed)
     assert torch.equal(codes, torch.cdist(vectors.double(), embed.t().double()).argmin(1))
     assert torch.equal(chosen, embed.t()[codes])
+
+
+def test_codes_that_differ_are_judged_by_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A released way that errs by hand in three codes, and ours in a fourth."""
+    model = small_model()
+    pictures = OURS.to_float(torch.from_numpy(smooth_pictures(4, 32)))
+    ways = {name: getattr(tokenizer_speed, name) for name in ("our_codes", "released_codes")}
+
+    def wrong(name: str, places: slice) -> None:
+        def erring(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, vectors = ways[name](*tensors)
+            codes[places] = (codes[places] + 1) % SMALL.num_codes
+            return codes, vectors
+
+        monkeypatch.setattr(tokenizer_speed, name, erring)
+
+    wrong("released_codes", slice(5, 8))
+    wrong("our_codes", slice(11, 12))
+    found = measure(Subject(model, pictures), 1)
+    assert found["codes_differ"] == 4
+    assert found["nearest_of_those"] == {"ours": 3, "released": 1}
 
 
 def test_bf16_codes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +106,7 @@ def test_the_tool_reports_on_given_weights_and_pictures(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["vectors"] == 4 * 16
     assert found["bf16"]["vectors"] == 8 * 16
+    assert sum(found["nearest_of_those"].values()) <= found["codes_differ"]
     machine = {"device", "cores", "threads", "system", "python", "numpy", "torch", "commit"}
     assert machine <= found.keys()
     assert found["threads"] == 1 and found["torch"] == torch.__version__
